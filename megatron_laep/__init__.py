@@ -1,0 +1,30 @@
+"""LAEP for Megatron-Core: prune and re-place the experts of a MoE pre-training run while it runs.
+
+The folder, in the order in which a run passes through it:
+
+* ``config``, ``validation``: the ``--laep-*`` flags and the checks of them before a model is built.
+* ``moe_layer``, ``routing_stats``, ``metrics``: count the tokens of each expert, close windows, log.
+* ``pruning``, ``placement``, ``planning``, ``expert_map``, ``summary``: the pure part, loads in and
+  an expert map out; numpy only.
+* ``checkpoint``, ``optimizer_state``: the map inside the checkpoint, loading through the map.
+* ``training``, ``parallel``, ``hooks``: the state machine in Megatron's loop and the rebuild.
+* ``__main__``: the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``.
+* ``cpu``: lets stock Megatron train on gloo processes without a GPU; never imported on a GPU run.
+"""
+
+from megatron_laep.config import LaepConfig
+from megatron_laep.expert_map import ExpertMap, LayerMap
+
+__version__ = "0.1.0"
+
+__all__ = ["ExpertMap", "LaepConfig", "LayerMap", "install", "run", "uninstall"]
+
+
+def __getattr__(name: str):
+    # install, uninstall and run pull in torch and Megatron; the planning tools need neither, and the
+    # CPU platform has to come before Megatron. So they are looked up only when somebody asks.
+    if name in ("install", "run", "uninstall"):
+        from megatron_laep import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module 'megatron_laep' has no attribute {name!r}")

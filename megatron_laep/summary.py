@@ -1,0 +1,220 @@
+"""The table that a user sees at pruning: what each layer loses, and what the job gains.
+
+Last step of the plan: reads an `ExpertMap` and the model's size, computes rows and totals, and
+gives them as text for the console and as a JSON-able dict for tools. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from tabulate import tabulate
+
+from megatron_laep.expert_map import ExpertMap, LayerMap
+from megatron_laep.placement import imbalance, rank_loads
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model's parameters cost.
+
+    parameters_per_expert: parameters of one expert of one layer, over all tensor-parallel ranks
+        (with or without its row of the router: 3 * hidden * ffn, SwiGLU, is much more).
+    other_parameters: all parameters that pruning does not touch.
+    bytes_per_expert_parameter: bytes that the ranks holding an expert spend on one of its
+        parameters, each: weight, gradient and its share of the optimizer state, divided by the
+        expert-tensor-parallel size.
+    bytes_per_expert_parameter_after: the same after pruning, if it differs: with another
+        expert-parallel size, a distributed optimizer shares the state of an expert over more or
+        fewer ranks. None: as before.
+    """
+
+    parameters_per_expert: int
+    other_parameters: int
+    bytes_per_expert_parameter: float
+    bytes_per_expert_parameter_after: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the table. None stands for unknown: the map carries no loads for the layer.
+
+    tokens_rerouted_percent: share of the window's tokens of the layer that went to experts which
+        are pruned now.
+    imbalance_before, imbalance_after: load of the busiest expert-parallel rank / mean of the ranks.
+        After counts the kept experts' own tokens: if the re-routed tokens are shared out in
+        proportion to these, which is the neutral guess, the ratio stays what it is.
+    """
+
+    layer_number: int
+    experts_before: int
+    experts_after: int
+    tokens_rerouted_percent: float | None
+    imbalance_before: float | None
+    imbalance_after: float | None
+
+
+@dataclass(frozen=True)
+class PruningSummary:
+    """Rows and totals.
+
+    tokens_rerouted_percent: over all layers with known loads; None if there are none.
+    parameters_removed_percent: of all parameters, experts or not.
+    memory_freed_bytes_per_rank: mean over expert-parallel ranks and pipeline stages of the memory
+        for weights, gradients and optimizer state of experts. A stage whose layers lose more
+        experts frees more.
+    """
+
+    rows: tuple[LayerRow, ...]
+    expert_map_hash: str
+    iteration: int
+    experts_before: int
+    experts_after: int
+    tokens_rerouted_percent: float | None
+    parameters_before: int
+    parameters_after: int
+    parameters_removed_percent: float
+    memory_freed_bytes_per_rank: float
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-able dict: the fields, rows as dicts."""
+        values = asdict(self)
+        values["rows"] = list(values["rows"])
+        return values
+
+    def format_table(self) -> str:
+        """The table as text, all layers, then the totals; lines without trailing newline."""
+        table = tabulate(
+            [
+                (
+                    row.layer_number,
+                    row.experts_before,
+                    row.experts_after,
+                    _fixed(row.tokens_rerouted_percent, 2),
+                    _fixed(row.imbalance_before, 3),
+                    _fixed(row.imbalance_after, 3),
+                )
+                for row in self.rows
+            ],
+            headers=(
+                "layer",
+                "experts\nbefore",
+                "experts\nafter",
+                "tokens\nre-routed %",
+                "busiest rank\n/ mean before",
+                "busiest rank\n/ mean after",
+            ),
+            disable_numparse=True,
+            stralign="right",
+        )
+        removed = 100 * (self.experts_before - self.experts_after) / self.experts_before
+        totals = tabulate(
+            [
+                ("experts", f"{self.experts_before} -> {self.experts_after} (-{removed:.1f} %)"),
+                ("tokens re-routed", f"{_fixed(self.tokens_rerouted_percent, 2)} %"),
+                (
+                    "parameters",
+                    f"{_scaled(self.parameters_before)} -> {_scaled(self.parameters_after)} "
+                    f"(-{self.parameters_removed_percent:.1f} %)",
+                ),
+                (
+                    "memory freed per rank",
+                    f"{_binary(self.memory_freed_bytes_per_rank)} (mean over the ranks)",
+                ),
+            ],
+            tablefmt="plain",
+            disable_numparse=True,
+        )
+        return f"{table}\n\n{totals}"
+
+
+def summarize(
+    expert_map: ExpertMap, size: ModelSize, *, pipeline_parallel_size: int = 1
+) -> PruningSummary:
+    """Rows and totals for a map.
+
+    pipeline_parallel_size: pipeline stages that the layers are spread over; only the memory per
+        rank depends on it.
+    Errors: ValueError for a pipeline_parallel_size below 1.
+    """
+    if pipeline_parallel_size < 1:
+        raise ValueError(f"pipeline_parallel_size must be at least 1, got {pipeline_parallel_size}")
+    ranks_before = expert_map.expert_parallel_size_before
+    ranks_after = expert_map.expert_parallel_size_after
+    experts_before = sum(layer.experts_before for layer in expert_map.layers)
+    experts_after = sum(layer.experts_after for layer in expert_map.layers)
+    parameters_before = size.other_parameters + experts_before * size.parameters_per_expert
+    parameters_after = size.other_parameters + experts_after * size.parameters_per_expert
+    bytes_before = size.bytes_per_expert_parameter
+    bytes_after = size.bytes_per_expert_parameter_after
+    if bytes_after is None:
+        bytes_after = bytes_before
+    freed = experts_before / ranks_before * bytes_before - experts_after / ranks_after * bytes_after
+    known = [layer for layer in expert_map.layers if layer.loads]
+    return PruningSummary(
+        rows=tuple(_row(layer, ranks_before) for layer in expert_map.layers),
+        expert_map_hash=expert_map.hash,
+        iteration=expert_map.iteration,
+        experts_before=experts_before,
+        experts_after=experts_after,
+        tokens_rerouted_percent=_percent(
+            sum(_rerouted(layer) for layer in known), sum(sum(layer.loads) for layer in known)
+        ),
+        parameters_before=parameters_before,
+        parameters_after=parameters_after,
+        parameters_removed_percent=100 * (1 - parameters_after / parameters_before),
+        memory_freed_bytes_per_rank=freed * size.parameters_per_expert / pipeline_parallel_size,
+    )
+
+
+def _row(layer: LayerMap, ranks_before: int) -> LayerRow:
+    rerouted = before = after = None
+    if layer.loads:
+        rerouted = _percent(_rerouted(layer), sum(layer.loads))
+        if layer.experts_before % ranks_before == 0:
+            block = layer.experts_before // ranks_before
+            before = _imbalance(layer.loads, (block,) * ranks_before)
+        kept_loads = [layer.loads[old_expert_id] for old_expert_id in layer.kept]
+        after = _imbalance(kept_loads, layer.experts_per_rank)
+    return LayerRow(
+        layer_number=layer.layer_number,
+        experts_before=layer.experts_before,
+        experts_after=layer.experts_after,
+        tokens_rerouted_percent=rerouted,
+        imbalance_before=before,
+        imbalance_after=after,
+    )
+
+
+def _rerouted(layer: LayerMap) -> int:
+    return sum(layer.loads[old_expert_id] for old_expert_id in layer.pruned)
+
+
+def _imbalance(loads_K: Sequence[int], experts_per_rank: Sequence[int]) -> float | None:
+    # A map from a file may carry loads without a token; the table then says that it does not know.
+    return imbalance(rank_loads(loads_K, experts_per_rank)) if sum(loads_K) else None
+
+
+def _percent(part: int, whole: int) -> float | None:
+    return 100 * part / whole if whole else None
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _scaled(number: int) -> str:
+    """Parameters in units of thousand, million or billion (B also beyond: 1515.0 B)."""
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return str(number)
+
+
+def _binary(number: float) -> str:
+    """Bytes in KiB, MiB or GiB; negative if a rank holds more than before."""
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(number) >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f} B"

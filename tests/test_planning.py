@@ -1,0 +1,231 @@
+"""Loads to expert map, and the checks of a given plan."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laep.config import LaepConfig
+from megatron_laep.expert_map import ExpertMap
+from megatron_laep.placement import rank_loads
+from megatron_laep.planning import check_plan, make_expert_map
+
+RECORDED = json.loads((Path(__file__).parent / "data" / "expert_loads_tiny.json").read_text())
+LOADS = [10, 0, 5, 100, 30, 5, 40, 10]  # the layer of test_pruning.py
+
+
+def plan(loads_LE, layer_numbers=None, *, before=2, after=2, top_k=2, **settings_):
+    return make_expert_map(
+        loads_LE,
+        layer_numbers or range(1, len(loads_LE) + 1),
+        config=LaepConfig(prune_iteration=50, **settings_),
+        iteration=50,
+        top_k=top_k,
+        expert_parallel_size_before=before,
+        expert_parallel_size_after=after,
+    )
+
+
+def test_hand_worked():
+    """alpha 0.4, beta 0.1 prune 1, 2, 5 (test_pruning.py); an EP size of 2 takes 5 back: 6 stay.
+
+    Greedy over the kept loads 3: 100, 6: 40, 4: 30, 0: 10, 7: 10, 5: 5 on two ranks of three:
+    3 -> A; 6 -> B; 4 -> B (70); 0 -> B (80, full); 7 and 5 -> A (115).
+    """
+    one = plan([LOADS], [9])
+    assert one.layer(9).kept == (3, 7, 5, 6, 4, 0)
+    assert one.layer(9).experts_per_rank == (3, 3)
+    assert one.layer(9).pruned == (1, 2)
+    assert one.layer(9).loads == tuple(LOADS)
+    assert (one.alpha, one.beta, one.expert_multiple, one.placement) == ("0.4", 0.1, 2, "greedy")
+    assert (one.iteration, one.top_k) == (50, 2)
+    assert ExpertMap.from_json(one.to_json()) == one
+
+
+def test_without_placement_the_order_stays():
+    assert plan([LOADS], placement="none").layer(1).kept == (0, 3, 4, 5, 6, 7)
+
+
+def test_default_multiple_is_the_new_expert_parallel_size():
+    assert plan([LOADS], before=8, after=1).layer(1).experts_after == 5
+    assert plan([LOADS], before=8, after=4).layer(1).experts_after == 8
+    assert plan([LOADS], before=8, after=4).expert_multiple == 4
+    assert plan([LOADS], before=8, after=1, expert_multiple=4).layer(1).experts_after == 8
+
+
+def test_alpha_of_each_layer():
+    # alpha 0.19 prunes only the idle expert 1; one EP rank, so there is no rounding
+    one = plan([LOADS] * 3, [2, 4, 5], after=1, alpha="0.19:1-3,0.4:4,inf:5-6")
+    assert one.layer(2).pruned == (1,)
+    assert one.layer(4).pruned == (1, 2, 5)
+    assert one.layer(5).pruned == (1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "after", "expected"), [(1, 1, 1), (3, 1, 3), (1, 4, 4), (6, 4, 8)]
+)
+def test_never_fewer_than_routing_and_ranks_need(top_k, after, expected):
+    # all tokens on one expert: the rule itself would leave only that one
+    one = plan([[0, 0, 0, 9, 0, 0, 0, 0]], top_k=top_k, after=after, alpha="inf", beta=1.0)
+    assert one.layer(1).experts_after == expected
+    assert 3 in one.layer(1).kept
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(0, 10**6), min_size=8, max_size=8).filter(any), min_size=1, max_size=4
+    ),
+    st.sampled_from([(1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (8, 8)]),
+    st.integers(1, 8),
+    st.sampled_from(["0", "0.4", "inf"]),
+    st.floats(0, 1),
+    st.sampled_from(["greedy", "none"]),
+)
+@settings(deadline=None)
+def test_every_plan_keeps_its_promises(loads, sizes, top_k, alpha, beta, placement):
+    after, multiple = sizes
+    one = plan(
+        loads,
+        after=after,
+        top_k=top_k,
+        alpha=alpha,
+        beta=beta,
+        placement=placement,
+        expert_multiple=multiple,
+    )
+    for item in one.layers:
+        assert item.experts_after >= max(top_k, after)
+        assert item.experts_after % multiple == 0
+        assert item.experts_per_rank == (item.experts_after // after,) * after
+        # nobody stays who is less busy than somebody who goes
+        kept_loads = [item.loads[i] for i in item.kept]
+        assert all(item.loads[i] <= min(kept_loads) for i in item.pruned)
+        assert sum(item.loads[i] for i in item.pruned) <= beta * sum(item.loads)
+    check_plan(
+        one,
+        layer_numbers=range(1, len(loads) + 1),
+        num_experts=8,
+        top_k=top_k,
+        expert_parallel_size=after,
+    )
+
+
+def test_rows_in_another_order_give_the_same_map():
+    rows = np.array(RECORDED["tokens"][6])
+    one = plan(rows, [1, 2, 3, 4])
+    assert plan(rows, [1, 2, 3, 4]).hash == one.hash
+    assert plan(rows[::-1], [4, 3, 2, 1]) == one
+    assert plan(rows.tolist(), [1, 2, 3, 4]) == one
+
+
+def test_layers_with_different_numbers_of_experts():
+    one = plan([LOADS, [5, 5, 5, 5]])
+    assert [item.experts_before for item in one.layers] == [8, 4]
+    assert one.layer(2).kept == (0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("window", range(len(RECORDED["tokens"])))
+def test_recorded_loads(window):
+    one = plan(RECORDED["tokens"][window], RECORDED["layer_numbers"])
+    for item in one.layers:
+        assert 2 <= item.experts_after <= 32
+        assert item.experts_after % 2 == 0
+        assert sum(item.loads[i] for i in item.pruned) < 0.1 * sum(item.loads)
+        kept_loads = [item.loads[i] for i in item.kept]
+        # two ranks differ by at most the busiest expert (test_placement.py)
+        ranks = rank_loads(kept_loads, item.experts_per_rank)
+        assert abs(ranks[0] - ranks[1]) <= max(kept_loads)
+    # loads of this model are far from even from the start: every layer loses experts
+    assert all(item.pruned for item in one.layers)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0] * 8, "layer 6: the loads of all 8 experts are zero"),
+        ([1, 2, 3, 4, 5, 6, 7, -8], "layer 6: the load of expert 7 is negative: -8"),
+        ([1, 2, 3, 4, 5, 6, 7, float("nan")], "layer 6: the load of expert 7 is NaN"),
+        ([1, 2, 3, 4, 5, 6, 7, 8.0], "layer 6: loads must be integer token counts"),
+        ([], "layer 6: loads must be one token count for each expert"),
+        (5, "layer 6: loads must be one token count for each expert"),
+    ],
+)
+def test_bad_loads_never_give_a_plan(row, message):
+    with pytest.raises(ValueError, match=message):
+        plan([LOADS, row], [3, 6])
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"alpha": "-1"}, "--laep-alpha -1: alpha must be a number >= 0"),
+        ({"alpha": "0.4:1-2"}, "layer 3: --laep-alpha has no range for MoE layer 3"),
+        ({"beta": 1.5}, "layer 3: beta must be within 0 and 1, got 1.5"),
+        ({"placement": "best"}, "layer 3: placement must be one of greedy, none, got 'best'"),
+        (
+            {"expert_multiple": 3},
+            "--laep-expert-multiple 3 is not divisible by expert-model-parallel-size 2",
+        ),
+        (
+            {"expert_multiple": 6},
+            "layer 3: 8 experts are not a multiple of 6 .--laep-expert-multiple",
+        ),
+        ({"after": 16}, "layer 3: 8 experts are not a multiple of 16"),
+        ({"top_k": 9}, "layer 3: 8 experts are too few for top-k 9 on 2 expert-parallel ranks"),
+    ],
+)
+def test_rules_that_cannot_be_fulfilled(settings_, message):
+    with pytest.raises(ValueError, match=message):
+        plan([LOADS], [3], **settings_)
+
+
+def test_rows_and_layer_numbers_must_correspond():
+    with pytest.raises(ValueError, match="loads of 2 layers for 1 layer numbers"):
+        plan([LOADS, LOADS], [1])
+    with pytest.raises(ValueError, match="a layer occurs more than once"):
+        plan([LOADS, LOADS], [1, 1])
+
+
+class TestCheckPlan:
+    MODEL = {"layer_numbers": [1, 2], "num_experts": 8, "top_k": 2, "expert_parallel_size": 2}
+    PLAN = plan([LOADS, LOADS])
+
+    def test_fits(self):
+        check_plan(self.PLAN, **self.MODEL)
+        check_plan(self.PLAN, **{**self.MODEL, "num_experts": [8, 8]})
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"layer_numbers": [1, 3]}, r"it has MoE layers \[1, 2\], the model \[1, 3\]"),
+            ({"layer_numbers": [1, 2, 3]}, r"MoE layers \[1, 2\], the model \[1, 2, 3\]"),
+            ({"num_experts": 16}, "layer 1 has 8 experts in it, 16 in the model; layer 2 has 8"),
+            ({"num_experts": [8, 6]}, "another model: layer 2 has 8 experts in it, 6 in the model"),
+            ({"top_k": 1}, "it is for top-k 2, the model has top-k 1"),
+            (
+                {"expert_parallel_size": 4},
+                "2 expert-parallel ranks, the job has 4 after pruning: use "
+                "--laep-expert-model-parallel-size 2",
+            ),
+        ],
+    )
+    def test_another_model(self, changes, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            check_plan(self.PLAN, **{**self.MODEL, **changes}, source="plan.json")
+        assert str(caught.value).startswith("plan.json ")
+
+    def test_all_differences_at_once(self):
+        with pytest.raises(ValueError, match="MoE layers .*16 in the model.*top-k 4"):
+            check_plan(
+                self.PLAN, layer_numbers=[1], num_experts=16, top_k=4, expert_parallel_size=2
+            )
+
+    def test_uneven_ranks(self):
+        item = dataclasses.replace(self.PLAN.layer(2), experts_per_rank=(4, 2))
+        uneven = dataclasses.replace(self.PLAN, layers=(self.PLAN.layer(1), item))
+        with pytest.raises(ValueError, match=r"layer 2 \[4, 2\] experts: .* same number on every"):
+            check_plan(uneven, **self.MODEL)
