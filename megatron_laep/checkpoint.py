@@ -1,0 +1,279 @@
+"""The expert map inside the checkpoint, and loading through it.
+
+A checkpoint of a LAEP job is an ordinary Megatron checkpoint with one more entry, the *record*:
+
+========== ======================== ================================= ==========================
+map state  weights are in           a relaunch builds                 and loads
+========== ======================== ================================= ==========================
+none       original numbers         the full model                    as usual
+pending    original numbers         the pruned model                  through the map
+applied    the map's new numbers    the pruned model                  as usual
+========== ======================== ================================= ==========================
+
+The rebuild inside a running job is a relaunch in the same process, so there is one path. A pending
+checkpoint is complete without this package: stock Megatron opens it as the full model, the way back
+out. An applied one is not, and stock Megatron refuses it: see ``PrunedCheckpoint``.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.training import checkpointing
+
+from megatron_laep.expert_map import ExpertMap
+from megatron_laep.moe_layer import LaepMoELayer
+from megatron_laep.optimizer_state import adapt_common_state
+from megatron_laep.routing_stats import OpenWindow
+
+ENTRY = "megatron_laep"
+PENDING = "pending"
+APPLIED = "applied"
+_RECORD_VERSION = 1
+
+
+class PrunedCheckpoint_relaunch_with_python_m_megatron_laep:  # noqa: N801
+    """Holds the record of an applied map, so that only this package can open the checkpoint.
+
+    Megatron reads the common state of a checkpoint with ``weights_only=True`` before it reads
+    any tensor. A class that nobody has allowed stops it there, with an error that shows the class's
+    name: the only text that stock Megatron will show a user, hence the name.
+    """
+
+    def __init__(self, record: dict) -> None:
+        self.record = record
+
+    def __eq__(self, other: object) -> bool:
+        # Megatron checks that the common state is the same on all ranks.
+        return type(other) is type(self) and other.record == self.record
+
+    __hash__ = None
+
+
+PrunedCheckpoint = PrunedCheckpoint_relaunch_with_python_m_megatron_laep
+
+
+def allow_pruned_checkpoints() -> None:
+    """Lets this process open checkpoints with an applied map."""
+    torch.serialization.add_safe_globals([PrunedCheckpoint])
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says about LAEP.
+
+    Attributes:
+        expert_map: the map that belongs to the checkpoint, or None while nothing was pruned.
+        map_state: ``"pending"`` or ``"applied"``; None without a map.
+        window: the pruning window's counts so far, if the checkpoint was written inside it.
+        iteration: of the checkpoint. Not stored: read from where Megatron keeps it.
+        is_laep: whether a LAEP job wrote the checkpoint; False gives a record without map.
+    """
+
+    expert_map: ExpertMap | None = None
+    map_state: str | None = None
+    window: OpenWindow | None = None
+    iteration: int = 0
+    is_laep: bool = True
+
+    def to_entry(self) -> dict | PrunedCheckpoint:
+        """The value that goes into the checkpoint's common state; plain Python values."""
+        record = {
+            "version": _RECORD_VERSION,
+            "expert_map": self.expert_map.to_json() if self.expert_map else None,
+            "map_state": self.map_state,
+            "window": dataclasses.asdict(self.window) if self.window else None,
+        }
+        return PrunedCheckpoint(record) if self.map_state == APPLIED else record
+
+    @staticmethod
+    def from_common_state(common_state: dict, where: str) -> "Record":
+        """Reads the record out of a checkpoint's common state.
+
+        Raises:
+            ValueError: the record is of a later version, or its map does not match its hash.
+        """
+        iteration = common_state.get("iteration", 0)
+        entry = common_state.get(ENTRY)
+        if entry is None:
+            return Record(iteration=iteration, is_laep=False)
+        record = entry.record if isinstance(entry, PrunedCheckpoint) else entry
+        if record["version"] != _RECORD_VERSION:
+            raise ValueError(
+                f"{where}: its LAEP record has version {record['version']}, this megatron_laep reads "
+                f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
+            )
+        window = record["window"]
+        return Record(
+            expert_map=ExpertMap.from_json(record["expert_map"]) if record["expert_map"] else None,
+            map_state=record["map_state"],
+            window=OpenWindow(**window) if window else None,
+            iteration=iteration,
+        )
+
+
+def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
+    """The checkpoint that Megatron would load from ``folder``, or None where it would start anew.
+
+    Follows the tracker file, ``--ckpt-step`` and global non-persistent checkpoints, as Megatron's
+    loader does.
+    """
+    if folder is None:
+        return None
+    candidates: list[tuple[int, str]] = []
+    if checkpointing.checkpoint_exists(folder):
+        tracker = checkpointing.get_checkpoint_tracker_filename(folder)
+        iteration, release = checkpointing.read_metadata(tracker)
+        if args.ckpt_step:
+            iteration = args.ckpt_step
+        candidates.append(
+            (
+                iteration,
+                checkpointing.get_checkpoint_name(folder, iteration, release, return_base_dir=True),
+            )
+        )
+    if args.non_persistent_ckpt_type == "global":
+        temporary = args.non_persistent_global_ckpt_dir or os.path.join(
+            folder, checkpointing._NON_PERSISTENT_CKPT_SUBDIR
+        )
+        iteration = checkpointing._get_non_persistent_iteration(temporary, args)
+        if iteration >= 0:
+            name = checkpointing.get_checkpoint_name(temporary, iteration, return_base_dir=True)
+            candidates.append((iteration, name))
+    if not candidates:
+        return None
+    # The later entry wins a tie: Megatron prefers the non-persistent one.
+    return Path(max(reversed(candidates), key=lambda candidate: candidate[0])[1])
+
+
+def read_record(checkpoint: Path | None) -> Record | None:
+    """The record of a checkpoint folder; None where there is no (distributed) checkpoint.
+
+    Local: reads a few kilobytes, needs no process group. A checkpoint that LAEP did not write gives
+    a record without map.
+    """
+    if checkpoint is None or not dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
+        return None
+    common_state = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    return Record.from_common_state(common_state, where=str(checkpoint))
+
+
+@contextlib.contextmanager
+def overridden(args: Namespace, **values: object) -> Iterator[None]:
+    """Sets arguments for the time of a block."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+def commit_point_arguments(args: Namespace) -> contextlib.AbstractContextManager:
+    """Arguments under which the checkpoint with the pending map is written, whatever the job's are.
+
+    Fully reshardable, since it will be read by another model on other groups; synchronous, since
+    the job goes on only when it is complete; not from a cached plan, since its layout differs from
+    the job's other checkpoints; persistent only, since it is what every relaunch starts from.
+    """
+    return overridden(
+        args,
+        dist_ckpt_optim_fully_reshardable=True,
+        async_save=False,
+        ckpt_assume_constant_structure=False,
+        non_persistent_save_interval=None,
+    )
+
+
+@contextlib.contextmanager
+def loading_through(
+    expert_map: ExpertMap, layers: dict[int, LaepMoELayer], args: Namespace
+) -> Iterator[None]:
+    """While open, ``load_checkpoint`` reads a checkpoint with old numbers into the pruned model.
+
+    Args:
+        expert_map: the pending map.
+        layers: this rank's MoE layers by layer number, built for the map.
+
+    Raises:
+        ValueError: layers and map do not belong together, on any rank.
+    """
+    _check_coverage(expert_map, layers)
+    for number, layer in layers.items():
+        layer.read_through = expert_map.layer(number)
+    try:
+        # Megatron's check wants every stored shard to be read by somebody; pruned experts are left
+        # unread on purpose. That all that must be read is read was checked above, and that it is
+        # there is checked by the loader, key by key and shape by shape.
+        with overridden(args, ckpt_load_validate_sharding_integrity=False):
+            yield
+    finally:
+        for layer in layers.values():
+            layer.read_through = None
+
+
+def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> None:
+    """Every expert that the map keeps is held by exactly one EP rank of each replica."""
+    held = {
+        number: [expert_map.layer(number).kept[new] for new in layer.local_expert_indices]
+        for number, layer in layers.items()
+    }
+    ranks: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, held)
+    for layer_map in expert_map.layers:
+        shares = [rank[layer_map.layer_number] for rank in ranks if layer_map.layer_number in rank]
+        copies = [sum(old in share for share in shares) for old in range(layer_map.experts_before)]
+        wanted = [old in layer_map.kept for old in range(layer_map.experts_before)]
+        replicas = max(copies, default=0)
+        if replicas == 0 or copies != [replicas * keep for keep in wanted]:
+            raise ValueError(
+                f"layer {layer_map.layer_number}: the ranks of the job would load the old experts "
+                f"{sorted({old for share in shares for old in share})}, the map keeps "
+                f"{sorted(layer_map.kept)}, each once in every replica; the model was not built for "
+                f"the map {expert_map.short_hash}"
+            )
+
+
+@contextlib.contextmanager
+def adapting_optimizer_state() -> Iterator[None]:
+    """While open, a checkpoint with chained optimizers loads into a single one, and the reverse."""
+    load, load_common = dist_checkpointing.load, serialization.load_common_state_dict
+
+    def adapted_load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
+        wanted = sharded_state_dict.get("optimizer")
+
+        def adapted_common(*common_args, **common_kwargs):
+            common_state = load_common(*common_args, **common_kwargs)
+            if wanted and common_state.get("optimizer"):
+                common_state["optimizer"] = adapt_common_state(common_state["optimizer"], wanted)
+            return common_state
+
+        serialization.load_common_state_dict = adapted_common
+        try:
+            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        finally:
+            serialization.load_common_state_dict = load_common
+
+    dist_checkpointing.load = adapted_load
+    try:
+        yield
+    finally:
+        dist_checkpointing.load = load
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a file for people and tools beside the checkpoint: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+

@@ -1,0 +1,344 @@
+"""The state of one run of the training script: which map it follows, what it counts, how it prunes.
+
+Driven by the hooks in ``training``; does the work with ``checkpoint``, ``routing_stats``, ``planning``.
+"""
+
+import contextlib
+import dataclasses
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_laep import checkpoint, events, metrics, model_size, planning, validation
+from megatron_laep.checkpoint import APPLIED, PENDING, Record
+from megatron_laep.config import LaepConfig
+from megatron_laep.expert_map import ExpertMap
+from megatron_laep.moe_layer import find_layers
+from megatron_laep.routing_stats import PruningWindow, RoutingStats
+from megatron_laep.summary import summarize
+
+
+class Rebuild(BaseException):
+    """Leaves Megatron's loop after the checkpoint with the pending map is complete.
+
+    Not an ``Exception``: nothing in the loop may catch it but ``megatron_laep.run``.
+    """
+
+    def __init__(self, expert_map_hash: str) -> None:
+        super().__init__(
+            "the checkpoint with the expert map is written; run the training inside "
+            "megatron_laep.run(main) so that it can be rebuilt"
+        )
+        self.expert_map_hash = expert_map_hash
+
+
+class Job:
+    """See the module. Every method that says so is a collective over the default group.
+
+    Attributes:
+        config: the LAEP settings of the job.
+        expert_map: the map that the model follows; None for the full model.
+        map_state: of that map: ``"pending"`` from start (or commit) until the weights are loaded
+            through it, then ``"applied"``.
+        committing: the checkpoint with the pending map is being written.
+    """
+
+    def __init__(self, config: LaepConfig) -> None:
+        self.config = config
+        self.expert_map: ExpertMap | None = None
+        self.map_state: str | None = None
+        self.committing = False
+        self._committed = False
+        self._record: Record | None = None
+        self._source: Path | None = None
+        self._stats: RoutingStats | None = None
+        self._window: PruningWindow | None = None
+        self._log_start_LE: torch.Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether LAEP has anything to do: the job will be pruned, or its model was."""
+        return self.config.enabled or self.expert_map is not None
+
+    # -- before the model is built -------------------------------------------------------------
+
+    def start(self, args: Namespace, *, rebuilt_hash: str | None, can_rebuild: bool) -> None:
+        """Finds the checkpoint that the job goes on from, and what it says about pruning.
+
+        Sets ``args.load`` and ``args.expert_model_parallel_size`` where LAEP has a say in them; runs
+        before Megatron validates the arguments. Local.
+
+        Args:
+            rebuilt_hash: hash of the map that this process committed a moment ago, if this is the
+                rebuild after a pruning; None for a launch.
+            can_rebuild: whether a rebuild inside the process is possible.
+        """
+        if self.config.enabled:
+            if args.yaml_cfg is None:
+                self.config.validate()
+            if not (can_rebuild or self.config.exit_after_prune):
+                raise ValueError(
+                    "--laep-prune-iteration without --laep-exit-after-prune rebuilds the model inside "
+                    "the job: run the training through megatron_laep.run(main), or start the script "
+                    "with 'python -m megatron_laep'"
+                )
+            self._continue_own_run(args, rebuilt=rebuilt_hash is not None)
+        if self._source is None:
+            self._source = checkpoint.find_checkpoint(args.load, args)
+            self._record = checkpoint.read_record(self._source)
+        if self._record is not None:
+            self.expert_map = self._record.expert_map
+            self.map_state = self._record.map_state
+        if rebuilt_hash is not None and (
+            self.map_state != PENDING or self.expert_map.hash != rebuilt_hash
+        ):
+            found = "no map" if self.expert_map is None else f"map {self.expert_map.short_hash}"
+            raise ValueError(
+                f"{self._source}: found {found} ({self.map_state}) where this process has just "
+                f"written the pending map {rebuilt_hash[:12]}; does --save {args.save} show the same "
+                "files to every node?"
+            )
+        if self.expert_map is not None and self.config.expert_model_parallel_size is not None:
+            args.expert_model_parallel_size = self.config.expert_model_parallel_size
+
+    def _continue_own_run(self, args: Namespace, rebuilt: bool) -> None:
+        """Makes the job go on from --save if that holds a checkpoint of a LAEP job.
+
+        The same command must continue a killed job, also a job that began with --load of something
+        else (and --finetune), whose flags would otherwise start it over.
+        """
+        with checkpoint.overridden(args, **({"ckpt_step": None} if rebuilt else {})):
+            source = checkpoint.find_checkpoint(args.save, args)
+            record = checkpoint.read_record(source)
+        if record is None or not record.is_laep:
+            return
+        self._source, self._record = source, record
+        wanted = dict(load=args.save, finetune=False, no_load_optim=False, no_load_rng=False)
+        if rebuilt:
+            wanted.update(ckpt_step=None, override_ckpt_iteration=None)
+        changed = {
+            name: value for name, value in wanted.items() if (getattr(args, name) or None) != (value or None)
+        }
+        if changed:
+            events.log("continue", checkpoint=source, **{f"set_{k}": v for k, v in changed.items()})
+        vars(args).update(changed)
+
+    def check(self, args: Namespace) -> None:
+        """Checks the arguments, once Megatron has validated them. Local, the same on all ranks."""
+        if self.config.enabled:
+            validation.check_arguments(args, self.config)
+            validation.check_start(self._record, self.config, self._source)
+        if self.expert_map is not None:
+            validation.check_model(self._record, args, self._source)
+
+    def agree(self) -> None:
+        """Every rank must follow the same map in the same state. A collective.
+
+        Raises:
+            ValueError: on all ranks, if the ranks read different records.
+        """
+        mine = (str(self._source), self.expert_map and self.expert_map.hash, self.map_state)
+        found: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+        if len(set(found)) > 1:
+            differing = next(rank for rank, other in enumerate(found) if other != found[0])
+            raise ValueError(
+                f"rank 0 found (checkpoint, map, state) {found[0]}, rank {differing} found "
+                f"{found[differing]}; --load and --save must show the same files on every node"
+            )
+
+    def expert_total(self) -> str:
+        """For log lines: how many experts the model has."""
+        if self.expert_map is None:
+            return "all"
+        return str(sum(layer.experts_after for layer in self.expert_map.layers))
+
+    # -- loading and counting ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def loading(self, model: list[torch.nn.Module], args: Namespace) -> Iterator[None]:
+        """Around Megatron's load_checkpoint. A collective if the map is pending."""
+        with contextlib.ExitStack() as stack:
+            if self.expert_map is not None:
+                stack.enter_context(checkpoint.adapting_optimizer_state())
+            if self.map_state == PENDING:
+                layers = find_layers(model)
+                stack.enter_context(checkpoint.loading_through(self.expert_map, layers, args))
+                stack.enter_context(
+                    events.timed(
+                        "load_through_map", checkpoint=self._source, map=self.expert_map.short_hash
+                    )
+                )
+            yield
+
+    def check_loaded(self, iteration: int, args: Namespace) -> None:
+        """The checkpoint that Megatron loaded must be the one whose map the model was built for."""
+        if self.expert_map is None:
+            return
+        if iteration != self._record.iteration and not args.finetune:
+            raise ValueError(
+                f"the model was built for {self._source} at iteration {self._record.iteration}, but "
+                f"Megatron loaded iteration {iteration}; nothing was trained. Was the checkpoint "
+                "folder changed while the job started?"
+            )
+        self.map_state = APPLIED
+
+    def begin(self, model: list[torch.nn.Module], args: Namespace) -> None:
+        """Starts counting, on the model as it was built and loaded. A collective."""
+        if self.map_state == PENDING:
+            raise ValueError(
+                f"{self._source}: the model was built for the pending map "
+                f"{self.expert_map.short_hash}, but no checkpoint was loaded through it; give --load"
+            )
+        self._stats = RoutingStats(find_layers(model))
+        self._log_start_LE = self._stats.snapshot()
+        if self.expert_map is None:
+            self._begin_window(args.iteration)
+
+    def _begin_window(self, iteration: int) -> None:
+        start = self.config.prune_iteration - self.config.resolved_window()
+        restored = None
+        if self._record is not None and self._record.window is not None:
+            if self._record.window.start == start and iteration > start:
+                restored = self._record.window
+        self._window = PruningWindow(self._stats, start, restored)
+        if iteration == start and not self._window.is_open:
+            self._window.open()
+
+    def log_loads(self, iteration: int, tensorboard: object, wandb: object) -> None:
+        """Logs load imbalance since the last call. A collective."""
+        tokens_LE = self._stats.tokens_since(self._log_start_LE)
+        self._log_start_LE = self._stats.snapshot()
+        tokens = dict(zip(self._stats.layer_numbers, tokens_LE, strict=True))
+        found = metrics.load_metrics(
+            tokens, parallel_state.get_expert_model_parallel_world_size()
+        )
+        events.log(
+            "load",
+            iteration=iteration,
+            imbalance_mean=found.mean_imbalance,
+            imbalance_max=found.imbalance[found.worst_layer],
+            imbalance_max_layer=found.worst_layer,
+            dead_experts=f"{found.dead_experts}/{found.experts}",
+        )
+        metrics.write_scalars(found, iteration, tensorboard, wandb)
+
+    # -- pruning -------------------------------------------------------------------------------
+
+    def end_iteration(self, iteration: int) -> bool:
+        """Opens the window when its time comes; True if this is the iteration to prune after."""
+        if self.expert_map is not None:
+            return False
+        if iteration == self._window.start:
+            self._window.open()
+        return iteration == self.config.prune_iteration
+
+    def add_record(self, state_dict: dict, iteration: int) -> None:
+        """Puts the record into a checkpoint that is about to be written. A collective."""
+        window = None
+        if self.expert_map is None and self._window is not None and self._window.is_open:
+            window = self._window.read(iteration)
+        record = Record(expert_map=self.expert_map, map_state=self.map_state, window=window)
+        state_dict[checkpoint.ENTRY] = record.to_entry()
+        self._committed = self.committing
+
+    def prune(
+        self,
+        iteration: int,
+        model: list[torch.nn.Module],
+        args: Namespace,
+        *,
+        step: Callable[[], bool],
+        save: Callable[[], None],
+    ) -> bool:
+        """Plans, and writes the checkpoint with the pending map: the commit point. A collective.
+
+        Args:
+            step: Megatron's own end of an iteration: saves if the job's intervals say so, and tells
+                whether the job is to exit.
+            save: writes a checkpoint of this iteration.
+
+        Returns:
+            What ``step`` said.
+
+        Raises:
+            ValueError: on all ranks, if no plan can rest on the loads. An ordinary checkpoint of the
+                iteration has been written then.
+        """
+        with events.timed("window_closed", iteration=iteration, window=self.config.resolved_window()):
+            window = self._window.read(iteration)
+        try:
+            with events.timed("planned", iteration=iteration):
+                expert_map = self._plan(window.tokens_LE, iteration, args)
+        except ValueError:
+            save()
+            raise
+        self._report(expert_map, window.tokens_LE, model, args)
+        self.expert_map, self.map_state, self.committing = expert_map, PENDING, True
+        events.log(
+            "commit_format",
+            ckpt_format="torch_dist",
+            optimizer="fully_reshardable",
+            non_homogeneous_layers=True,
+        )
+        try:
+            with (
+                events.timed("committed", iteration=iteration, map=expert_map.short_hash),
+                checkpoint.commit_point_arguments(args),
+            ):
+                should_exit = step()
+                if not self._committed:
+                    save()
+        finally:
+            self.committing = False
+        return should_exit
+
+    def _plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+        """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
+        outcome: list = [None, None]
+        if events.is_rank_0():
+            try:
+                outcome[0] = self._decide(tokens_LE, iteration, args).to_json()
+            except ValueError as error:
+                outcome[1] = str(error)
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise ValueError(f"pruning at iteration {iteration}: {outcome[1]}")
+        return ExpertMap.from_json(outcome[0])
+
+    def _decide(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+        if self.config.plan is not None:
+            plan = validation.read_plan(args, self.config)
+            return dataclasses.replace(plan, iteration=iteration)
+        before = args.expert_model_parallel_size
+        return planning.make_expert_map(
+            tokens_LE,
+            self._stats.layer_numbers,
+            config=self.config,
+            iteration=iteration,
+            top_k=args.moe_router_topk,
+            expert_parallel_size_before=before,
+            expert_parallel_size_after=self.config.expert_model_parallel_size or before,
+        )
+
+    def _report(self, expert_map: ExpertMap, tokens_LE, model, args: Namespace) -> None:
+        """Prints the table and writes it beside the checkpoint, for people and tools. A collective."""
+        size = model_size.measure(model, find_layers(model), expert_map, args)
+        summary = summarize(
+            expert_map, size, pipeline_parallel_size=args.pipeline_model_parallel_size
+        )
+        events.log_text(summary.format_table())
+        if events.is_rank_0():
+            folder = Path(args.save) / "laep" / f"iter_{expert_map.iteration:07d}"
+            loads = {
+                "iteration": expert_map.iteration,
+                "window": self.config.resolved_window(),
+                "layer_numbers": list(self._stats.layer_numbers),
+                "tokens": [list(tokens_E) for tokens_E in tokens_LE],
+            }
+            checkpoint.write_json(folder / "map.json", expert_map.to_dict())
+            checkpoint.write_json(folder / "loads.json", loads)
+            checkpoint.write_json(folder / "table.json", summary.to_dict())

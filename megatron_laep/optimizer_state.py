@@ -1,0 +1,93 @@
+"""Brings the optimizer state of a checkpoint into the nesting that the present job's optimizer has.
+
+With expert parallelism Megatron chains two optimizers (dense and expert parameters) and saves
+``{0: state, 1: state}``; without it there is one, saved as ``state``. A job whose expert-parallel
+size changes to or from 1 meets the other form. The tensors need no care, since their keys speak of
+parameters, not of optimizers; this module adapts what is not a tensor: parameter groups and scalars.
+"""
+
+import copy
+
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+# Dense and expert parameters differ by this flag only; with expert parallelism 1 all are dense.
+_EXPERT_FLAG = "is_expert_parallel"
+
+
+def adapt_common_state(saved: dict, wanted: dict) -> dict:
+    """The saved non-tensor optimizer state, in the nesting of ``wanted``.
+
+    Args:
+        saved: ``optimizer`` entry of the checkpoint's common state.
+        wanted: ``optimizer`` entry of the sharded state dict that is about to be loaded; tells
+            how many optimizers there are and which parameter groups each has.
+
+    Returns:
+        ``saved`` itself where the nesting is the same; else a new value.
+
+    Raises:
+        ValueError: the checkpoint's format cannot be renested; a parameter group of the job has no counterpart in the checkpoint, or two that
+            disagree.
+    """
+    saved_parts, wanted_parts = _parts(saved), _parts(wanted)
+    if len(saved_parts) == len(wanted_parts):
+        return saved
+    if not all(isinstance(_holder(part), dict) for part in saved_parts):
+        raise ValueError(
+            "the optimizer state of the checkpoint is laid out by buffers (dp_reshardable) and cannot "
+            "change between expert parallelism and none; save it with "
+            "--dist-ckpt-optim-fully-reshardable, or keep --expert-model-parallel-size"
+        )
+    saved_groups = [group for part in saved_parts for group in _holder(part)["param_groups"]]
+    adapted = []
+    for wanted_part in wanted_parts:
+        # Scalars (step counts, gradient scaler, format) are the same in all chained optimizers.
+        part = copy.deepcopy(saved_parts[0])
+        _holder(part)["param_groups"] = [
+            _matching_group(group, saved_groups) for group in _holder(wanted_part)["param_groups"]
+        ]
+        adapted.append(part)
+    return dict(enumerate(adapted)) if _is_chained(wanted) else adapted[0]
+
+
+def _is_chained(state: dict) -> bool:
+    return bool(state) and all(isinstance(key, int) for key in state)
+
+
+def _parts(state: dict) -> list[dict]:
+    return [state[index] for index in sorted(state)] if _is_chained(state) else [state]
+
+
+def _holder(part: dict) -> dict:
+    """The dict that has ``param_groups``: one level down, except in the plain fp32 optimizer."""
+    return part if "param_groups" in part else part.get("optimizer")
+
+
+def _matching_group(wanted: dict, saved_groups: list[dict]) -> dict:
+    keys = [key for key in param_group_identifier_keys if key != _EXPERT_FLAG]
+
+    def identity(group: dict) -> tuple:
+        return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)
+
+    def values(group: dict) -> dict:
+        return {k: v for k, v in group.items() if k not in ("params", _EXPERT_FLAG)}
+
+    candidates = [group for group in saved_groups if identity(group) == identity(wanted)]
+    if not candidates:
+        raise ValueError(
+            "optimizer state of the checkpoint: no parameter group with "
+            f"{dict(zip(keys, identity(wanted), strict=True))}, got "
+            f"{[identity(group) for group in saved_groups]}; resume with the same optimizer flags "
+            "(weight decay, learning-rate multipliers) as the job that saved it"
+        )
+    first = candidates[0]
+    if any(values(group) != values(first) for group in candidates[1:]):
+        raise ValueError(
+            "optimizer state of the checkpoint: the parameter groups "
+            f"{[values(group) for group in candidates]} would have to become one, but differ; keep "
+            "the expert-parallel size, or do not set different learning rates for experts"
+        )
+    group = copy.deepcopy(values(first))
+    if _EXPERT_FLAG in wanted:
+        group[_EXPERT_FLAG] = wanted[_EXPERT_FLAG]
+    return group
