@@ -1,0 +1,251 @@
+"""The summary of a finished LAEP run: what pruning did to its size, balance, speed and loss.
+
+    python scripts/summarize_run.py RUN_DIR
+
+Reads only what the run itself wrote: RUN_DIR/train.log, the output of the training (Megatron's
+lines and the `laep event=load` lines between them), and RUN_DIR/laep/iter_*/table.json, the table
+of the pruning (`PruningSummary.to_dict`). Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+LOG_NAME = "train.log"
+TABLE_PATTERN = "laep/iter_*/table.json"
+# Losses and loads are noisy from one line of the log to the next: each figure is a mean over so
+# many iterations, fewer where the run has not got as many.
+WINDOW = 20
+
+_NUMBER = r"[-+]?[\d.]+(?:[eE][-+]?\d+)?"
+_ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
+_LOAD = re.compile(
+    rf"\blaep event=load iteration=(\d+) imbalance_mean=({_NUMBER}) .*dead_experts=(\d+)/\d+"
+)
+_VALIDATION = re.compile(
+    rf"validation loss at iteration (\d+)(?: on validation set)? \| lm loss value: ({_NUMBER}) \| "
+    rf"lm loss PPL: ({_NUMBER})"
+)
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line of Megatron's log. It stands for the iterations since the line before it.
+
+    iteration: the last of these iterations, 1-based.
+    milliseconds: mean time of an iteration. loss: mean language-model loss; None if the line has
+    none (all its iterations were skipped).
+    """
+
+    iteration: int
+    milliseconds: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class LoadLine:
+    """One line on the experts' loads, over the iterations since the line before it.
+
+    imbalance: busiest expert-parallel rank / mean of the ranks, mean of the layers.
+    dead_experts: experts of all layers without a token.
+    """
+
+    iteration: int
+    imbalance: float
+    dead_experts: int
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a run printed. Lines are sorted by iteration, one for each iteration number.
+
+    loads: empty if the run did not log them.
+    validation: (iteration, loss, perplexity) of the last validation; None if there was none.
+    """
+
+    lines: tuple[LogLine, ...]
+    loads: tuple[LoadLine, ...]
+    train_iterations: int
+    validation: tuple[int, float, float] | None
+
+
+def parse_log(text: str) -> TrainingLog:
+    """Reads the output of Megatron's training loop.
+
+    A run that was continued from a checkpoint prints some iterations twice: the later line counts.
+    Errors: ValueError if there is no line of an iteration.
+    """
+    lines: dict[int, LogLine] = {}
+    loads: dict[int, LoadLine] = {}
+    train_iterations = 0
+    validation = None
+    for text_line in text.splitlines():
+        if match := _VALIDATION.search(text_line):
+            validation = (int(match[1]), float(match[2]), float(match[3]))
+        elif match := _LOAD.search(text_line):
+            loads[int(match[1])] = LoadLine(int(match[1]), float(match[2]), int(match[3]))
+        elif match := _ITERATION.search(text_line):
+            parts = (part.rpartition(":") for part in match[3].split("|"))
+            fields = {name.strip(): value for name, _, value in parts}
+            loss = fields.get("lm loss")
+            iteration, train_iterations = int(match[1]), int(match[2])
+            lines[iteration] = LogLine(
+                iteration=iteration,
+                milliseconds=float(fields["elapsed time per iteration (ms)"]),
+                loss=None if loss is None else float(loss),
+            )
+    if not lines:
+        raise ValueError(
+            "the log has no line of the form 'iteration  10/  300 | ...': the training stopped "
+            "before its first iteration, or the file is not the output of Megatron's loop"
+        )
+    return TrainingLog(
+        lines=tuple(lines[i] for i in sorted(lines)),
+        loads=tuple(loads[i] for i in sorted(loads)),
+        train_iterations=train_iterations,
+        validation=validation,
+    )
+
+
+def median_milliseconds(lines: Sequence[LogLine]) -> float | None:
+    """Median iteration time. The first line is left out: it pays for start-up or the rebuild."""
+    return statistics.median(line.milliseconds for line in lines[1:]) if len(lines) > 1 else None
+
+
+def mean_between(
+    lines: Sequence[LogLine] | Sequence[LoadLine], name: str, first: int, last: int
+) -> float | None:
+    """Mean of an attribute over the lines with first < iteration <= last; None without any."""
+    values = [getattr(line, name) for line in lines if first < line.iteration <= last]
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def summarize_run(log: TrainingLog, table: dict) -> str:
+    """The summary as text.
+
+    table: `PruningSummary.to_dict()` of the run's pruning.
+    """
+    prune_iteration = table["iteration"]
+    before = [line for line in log.lines if line.iteration <= prune_iteration]
+    after = [line for line in log.lines if line.iteration > prune_iteration]
+    last = log.lines[-1].iteration
+    window = min(WINDOW, prune_iteration, max(last - prune_iteration, 1))
+    before_pruning = (prune_iteration - window, prune_iteration)
+    after_pruning = (prune_iteration, prune_iteration + window)
+    at_the_end = (last - window, last)
+
+    rows = [
+        (
+            "parameters",
+            f"{table['parameters_before']:,}",
+            f"{table['parameters_after']:,}",
+            _change(table["parameters_before"], table["parameters_after"]),
+        ),
+        (
+            "experts, all layers",
+            table["experts_before"],
+            table["experts_after"],
+            _change(table["experts_before"], table["experts_after"]),
+        ),
+        *(
+            (f"  layer {row['layer_number']}", row["experts_before"], row["experts_after"], "")
+            for row in table["rows"]
+        ),
+        _compared(
+            "busiest rank / mean, as planned",
+            _mean_of(table["rows"], "imbalance_before"),
+            _mean_of(table["rows"], "imbalance_after"),
+            3,
+        ),
+        _compared(
+            f"busiest rank / mean, measured over {window} iterations",
+            mean_between(log.loads, "imbalance", *before_pruning),
+            mean_between(log.loads, "imbalance", *after_pruning),
+            3,
+        ),
+        _compared(
+            "median iteration time, ms", median_milliseconds(before), median_milliseconds(after), 1
+        ),
+        _compared(
+            f"lm loss, mean of {window} iterations",
+            mean_between(log.lines, "loss", *before_pruning),
+            mean_between(log.lines, "loss", *after_pruning),
+            4,
+        ),
+        (
+            f"lm loss, last {window} iterations",
+            "",
+            _fixed(mean_between(log.lines, "loss", *at_the_end), 4),
+            "",
+        ),
+    ]
+    if log.validation is not None:
+        iteration, loss, perplexity = log.validation
+        rows.append((f"validation loss at iteration {iteration}", "", f"{loss:.4f}", ""))
+        rows.append(
+            (f"validation perplexity at iteration {iteration}", "", f"{perplexity:.2f}", "")
+        )
+    text = tabulate(
+        rows,
+        headers=("", "before pruning", "after", "change"),
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
+    state = "" if last == log.train_iterations else f"; the run stands at iteration {last}"
+    return f"pruned after iteration {prune_iteration} of {log.train_iterations}{state}\n\n{text}"
+
+
+def _mean_of(rows: Sequence[dict], key: str) -> float | None:
+    known = [row[key] for row in rows if row[key] is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _compared(name: str, before: float | None, after: float | None, digits: int) -> tuple:
+    return (name, _fixed(before, digits), _fixed(after, digits), _change(before, after))
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else f"{100 * (after / before - 1):+.1f} %"
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def read_run(run_dir: Path) -> tuple[TrainingLog, dict]:
+    """The log and the last table of a run. Errors: ValueError that names what is missing."""
+    log_path = run_dir / LOG_NAME
+    tables = sorted(run_dir.glob(TABLE_PATTERN))
+    for found, wanted in ((log_path.is_file(), log_path), (tables, run_dir / TABLE_PATTERN)):
+        if not found:
+            raise ValueError(
+                f"{wanted} does not exist: give the folder of a run that has pruned (--save), with "
+                f"the output of the training in {LOG_NAME}"
+            )
+    log = parse_log(log_path.read_text(encoding="utf-8", errors="replace"))
+    return log, json.loads(tables[-1].read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    try:
+        print(summarize_run(*read_run(parser.parse_args().run_dir)))
+    except ValueError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sets up the environment with what the tests need, and runs them. All arguments go to pytest:
+#
+#     scripts/test.sh                      # everything, at most 12 minutes on two cores
+#     scripts/test.sh -x -k expert_map
+#
+# The environment is .venv in the repository, or your own, named by MEGATRON_LAEP_VENV; $PYTHON
+# names the Python to make .venv with.
+set -euo pipefail
+
+# shellcheck source=scripts/setup_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+setup_env test
+say "tests"
+# From the repository, so that pytest.ini holds; paths in the arguments are relative to it.
+cd "$REPOSITORY"
+exec "$VENV_PYTHON" -m pytest "$@" </dev/null
