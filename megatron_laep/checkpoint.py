@@ -111,9 +111,14 @@ class Record:
                 f"{where}: its LAEP record has version {record['version']}, this megatron_laep reads "
                 f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
             )
-        window = record["window"]
+        window, expert_map = record["window"], None
+        if record["expert_map"]:
+            try:
+                expert_map = ExpertMap.from_json(record["expert_map"])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
         return Record(
-            expert_map=ExpertMap.from_json(record["expert_map"]) if record["expert_map"] else None,
+            expert_map=expert_map,
             map_state=record["map_state"],
             window=OpenWindow(**window) if window else None,
             iteration=iteration,
@@ -129,17 +134,18 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
     if folder is None:
         return None
     candidates: list[tuple[int, str]] = []
-    if checkpointing.checkpoint_exists(folder):
+    iteration, release = -1, False
+    tracked = checkpointing.checkpoint_exists(folder)
+    if tracked:
         tracker = checkpointing.get_checkpoint_tracker_filename(folder)
         iteration, release = checkpointing.read_metadata(tracker)
-        if args.ckpt_step:
-            iteration = args.ckpt_step
-        candidates.append(
-            (
-                iteration,
-                checkpointing.get_checkpoint_name(folder, iteration, release, return_base_dir=True),
-            )
-        )
+    if args.ckpt_step:
+        iteration = args.ckpt_step
+    if iteration >= 0:
+        name = checkpointing.get_checkpoint_name(folder, iteration, release, return_base_dir=True)
+        # --ckpt-step also finds a checkpoint that no tracker file names.
+        if tracked or os.path.isdir(name):
+            candidates.append((iteration, name))
     if args.non_persistent_ckpt_type == "global":
         temporary = args.non_persistent_global_ckpt_dir or os.path.join(
             folder, checkpointing._NON_PERSISTENT_CKPT_SUBDIR
@@ -152,6 +158,20 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
         return None
     # The later entry wins a tie: Megatron prefers the non-persistent one.
     return Path(max(reversed(candidates), key=lambda candidate: candidate[0])[1])
+
+
+def starts_over(args: Namespace, checkpoint: Path | None) -> bool:
+    """Whether Megatron loads only the weights of the checkpoint, and counts iterations from 0.
+
+    Args:
+        checkpoint: what the job will load, from ``find_checkpoint``.
+    """
+    from_release = checkpoint is not None and checkpoint.name == "release"
+    # Megatron then sets --finetune, but only when it loads.
+    from_pretrained = args.pretrained_checkpoint is not None and not (
+        checkpointing.checkpoint_exists(args.load)
+    )
+    return args.finetune or from_release or from_pretrained
 
 
 def read_record(checkpoint: Path | None) -> Record | None:
@@ -212,8 +232,13 @@ def loading_through(
     try:
         # Megatron's check wants every stored shard to be read by somebody; pruned experts are left
         # unread on purpose. That all that must be read is read was checked above, and that it is
-        # there is checked by the loader, key by key and shape by shape.
-        with overridden(args, ckpt_load_validate_sharding_integrity=False):
+        # there is checked by the loader, key by key and shape by shape: not, however, under those
+        # values of --dist-ckpt-strictness that leave out what is missing.
+        with overridden(
+            args,
+            ckpt_load_validate_sharding_integrity=False,
+            dist_ckpt_strictness="assume_ok_unexpected",
+        ):
             yield
     finally:
         for layer in layers.values():

@@ -5,6 +5,7 @@ Driven by the hooks in ``training``; does the work with ``checkpoint``, ``routin
 
 import contextlib
 import dataclasses
+import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +28,13 @@ class Rebuild(BaseException):
     Not an ``Exception``: nothing in the loop may catch it but ``megatron_laep.run``.
     """
 
-    def __init__(self, expert_map_hash: str) -> None:
+    def __init__(self, expert_map_hash: str, old_model: list[weakref.ref]) -> None:
         super().__init__(
             "the checkpoint with the expert map is written; run the training inside "
             "megatron_laep.run(main) so that it can be rebuilt"
         )
         self.expert_map_hash = expert_map_hash
+        self.old_model = old_model
 
 
 class Job:
@@ -87,7 +89,10 @@ class Job:
                 )
             self._continue_own_run(args, rebuilt=rebuilt_hash is not None)
         if self._source is None:
+            # In Megatron's order: --pretrained-checkpoint counts only while --load has nothing.
             self._source = checkpoint.find_checkpoint(args.load, args)
+            if self._source is None:
+                self._source = checkpoint.find_checkpoint(args.pretrained_checkpoint, args)
             self._record = checkpoint.read_record(self._source)
         if self._record is not None:
             self.expert_map = self._record.expert_map

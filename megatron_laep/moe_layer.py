@@ -49,8 +49,9 @@ class LaepMoELayer(MoELayer):
         probs, routing_map = super().route(hidden_states, padding_mask)
         # Under activation recompute the forward runs twice, first without gradients; evaluation is
         # not training. So each token of a training step comes by here exactly once. The sum and the
-        # addition stay on the device.
-        if self.training and torch.is_grad_enabled():
+        # addition stay on the device. A replayed CUDA graph that covers the dispatcher's
+        # preprocessing leaves no map here: the addition is in the graph, then.
+        if routing_map is not None and self.training and torch.is_grad_enabled():
             self.laep_tokens_per_expert += routing_map.sum(dim=0)
         return probs, routing_map
 

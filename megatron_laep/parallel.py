@@ -5,11 +5,68 @@ process group stays: the ranks never lose each other.
 """
 
 import gc
+import weakref
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.utils import get_model_config
 from megatron.training.training import destroy_global_state
 from torch.distributed import distributed_c10d
+
+from megatron_laep import events
+
+# Set by Megatron's train(); bound methods of the optimizer and of the model chunks.
+_CONFIG_CALLBACKS = (
+    "grad_scale_func",
+    "no_sync_func",
+    "grad_sync_func",
+    "param_sync_func",
+    "finalize_model_grads_func",
+)
+
+
+def release(model: list[torch.nn.Module]) -> list[weakref.ref]:
+    """Lets the memory of a model that is about to be dropped go.
+
+    Circles of references run through C++, where Python's collector cannot see them: Megatron's
+    DistributedDataParallel puts hooks on gradient accumulators that keep it alive. Accumulators are
+    kept by DistributedDataParallel itself, by the graph behind tensors that token dispatchers hold
+    on to, and by views of parameters in a distributed optimizer, which the model's config reaches
+    through its callbacks. The old model would stay on the device beside the new one.
+
+    Args:
+        model: this rank's chunks, wrapped for data parallelism; unusable afterwards.
+
+    Returns:
+        A weak reference to each chunk, for ``warn_if_alive``.
+    """
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                module.token_dispatcher = None
+        if isinstance(chunk, DistributedDataParallel):
+            chunk.grad_accs.clear()
+            if chunk.remove_forward_pre_hook_handles:
+                chunk.disable_forward_pre_hook(param_sync=False)
+    config = get_model_config(model[0])
+    for callback in _CONFIG_CALLBACKS:
+        setattr(config, callback, None)
+    return [weakref.ref(chunk) for chunk in model]
+
+
+def warn_if_alive(references: list[weakref.ref]) -> None:
+    """Says so if an old model was not collected: its memory is missing for the new one."""
+    alive = [reference() for reference in references if reference() is not None]
+    if alive:
+        size = sum(p.numel() * p.element_size() for chunk in alive for p in chunk.parameters())
+        events.log(
+            "old_model_alive",
+            parameter_bytes=size,
+            advice="something outside Megatron holds the model; if memory is short, use "
+            "--laep-exit-after-prune",
+        )
 
 
 def tear_down() -> int:

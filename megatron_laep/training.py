@@ -96,12 +96,14 @@ def run(main: Callable[[], Any]) -> Any:
                 return main()
             except Rebuild as rebuild:
                 _session.committed_hash = rebuild.expert_map_hash
+                old_model = rebuild.old_model
                 _session.job = None
                 # The frames of the loop hold the old model and its optimizer.
                 traceback.clear_frames(rebuild.__traceback__)
                 rebuild.__traceback__ = None
             with events.timed("tear_down"):
                 parallel.tear_down()
+            parallel.warn_if_alive(old_model)
     finally:
         _session.inside_run = False
 
@@ -330,7 +332,7 @@ def _checkpoint_and_decide_exit(original):
         writer = global_vars.get_tensorboard_writer()
         if writer:
             writer.close()
-        raise Rebuild(job.expert_map.hash)
+        raise Rebuild(job.expert_map.hash, parallel.release(model))
 
     return checkpoint_and_decide_exit
 

@@ -8,7 +8,9 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_laep import planning
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+from megatron_laep import checkpoint, planning
 from megatron_laep.checkpoint import Record
 from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap
@@ -33,135 +35,297 @@ def check_arguments(args: Namespace, config: LaepConfig) -> None:
         ValueError: see the module.
     """
     config.validate()
-    _check_supported(args)
+    _check_model_supported(args, "together with --laep-prune-iteration")
+    _check_job_supported(args, config)
     _check_iterations(args, config)
     _check_sizes(args, config)
     if config.plan is None:
         AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
     else:
         read_plan(args, config)
-    if args.cuda_graph_impl != "none" and not config.exit_after_prune:
-        raise ValueError(
-            f"--cuda-graph-impl {args.cuda_graph_impl}: captured graphs cannot be rebuilt inside a "
-            "running job; add --laep-exit-after-prune and relaunch the same command after it exits"
-        )
-    if args.inprocess_restart and not config.exit_after_prune:
-        raise ValueError(
-            "--inprocess-restart wraps the training function and cannot be combined with a rebuild "
-            "inside the job; add --laep-exit-after-prune, or drop --inprocess-restart"
-        )
 
 
-def _check_supported(args: Namespace) -> None:
-    if args.num_experts is None:
+def _check_model_supported(args: Namespace, situation: str) -> None:
+    """Refuses what cannot live with experts that are renumbered, or with layers of uneven counts.
+
+    Args:
+        situation: completes "FLAG is not supported ...".
+    """
+    balancing = args.moe_router_load_balancing_type
+    dispatcher = args.moe_token_dispatcher_type
+    unsupported = [
+        (
+            args.save is not None and args.ckpt_format != "torch_dist",
+            f"--ckpt-format {args.ckpt_format}",
+            "experts are pruned, and pruned layers saved, as resharded checkpoints; use "
+            "--ckpt-format torch_dist",
+        ),
+        (
+            "quantile_balancing" in (balancing if isinstance(balancing, list) else [balancing]),
+            "--moe-router-load-balancing-type quantile_balancing",
+            "it wants one expert count for all layers; use another type, or none",
+        ),
+        (
+            args.moe_router_num_groups is not None or args.moe_router_group_topk is not None,
+            f"--moe-router-num-groups {args.moe_router_num_groups}",
+            "group-limited routing makes its groups of consecutive expert ids, which a renumbering "
+            "would mix; route without --moe-router-num-groups and --moe-router-group-topk",
+        ),
+        (
+            dispatcher not in ("alltoall", "allgather"),
+            f"--moe-token-dispatcher-type {dispatcher}",
+            "its buffers are sized by one expert count; use alltoall or allgather",
+        ),
+        (
+            bool(args.mtp_num_layers),
+            f"--mtp-num-layers {args.mtp_num_layers}",
+            "multi-token prediction layers have experts of their own, which would be neither counted "
+            "nor pruned; train without them",
+        ),
+        (
+            args.hybrid_layer_pattern is not None,
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern}",
+            "a hybrid stack gives all its layers one config; only GPT models can be pruned",
+        ),
+        (
+            args.heterogeneous_layers_config_path is not None
+            or args.heterogeneous_layers_config_encoded_json is not None,
+            "--heterogeneous-layers-config-path (or -encoded-json)",
+            "it takes the place of the config of each layer that the expert counts need; use plain "
+            "GPT layers",
+        ),
+        (
+            args.use_megatron_fsdp or args.use_torch_fsdp2,
+            "--use-megatron-fsdp" if args.use_megatron_fsdp else "--use-torch-fsdp2",
+            "its checkpoints cannot be read through an expert map; use --use-distributed-optimizer",
+        ),
+        (
+            args.use_layer_wise_distributed_optimizer,
+            f"--optimizer {args.optimizer} with a distributed optimizer",
+            "its state cannot be read through an expert map; use --optimizer adam",
+        ),
+        (
+            args.gtp_weight_remat_size > 1 or args.expert_gtp_weight_remat_size > 1,
+            "--tensor-parallel-num-weight-shards (or --expert-tensor-parallel-num-weight-shards)",
+            "weights that are split further cannot be read through an expert map; leave the flag out",
+        ),
+        (
+            args.moe_use_upcycling,
+            "--moe-use-upcycling",
+            "upcycle in a job of its own, and start this one from the result",
+        ),
+        (
+            args.non_persistent_ckpt_type == "local",
+            "--non-persistent-ckpt-type local",
+            "a local checkpoint carries no expert map; use --non-persistent-ckpt-type global",
+        ),
+    ]
+    _refuse(unsupported, situation)
+
+
+def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
+    """Refuses jobs in which there is nothing to prune, no way to, or nothing to decide it on."""
+    if args.num_experts is None or not moe_layer_numbers(args):
+        why = "--num-experts is not given" if args.num_experts is None else "see --moe-layer-freq"
         raise ValueError(
-            "--laep-prune-iteration: the model has no MoE layer (--num-experts is not given), so "
-            "there is nothing to prune; remove the --laep flags"
+            f"--laep-prune-iteration {config.prune_iteration}: the model has no MoE layer ({why}), "
+            "so there is nothing to prune; remove the --laep flags"
         )
     if args.save is None:
         raise ValueError(
-            "--laep-prune-iteration needs --save: the pruning goes through a checkpoint"
+            f"--laep-prune-iteration {config.prune_iteration} needs --save: the pruning goes through "
+            "a checkpoint; give --save FOLDER"
         )
-    if args.ckpt_format != "torch_dist":
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format}: LAEP prunes by loading a resharded checkpoint, which "
-            "needs --ckpt-format torch_dist"
-        )
-    unsupported = {
-        "--moe-router-load-balancing-type quantile_balancing": "quantile_balancing"
-        in _as_list(args.moe_router_load_balancing_type),
-        "--moe-router-num-groups (group-limited routing; its groups are consecutive expert ids)": (
-            args.moe_router_num_groups is not None
+    graphs = "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
+    unsupported = [
+        (
+            args.moe_router_force_load_balancing,
+            "--moe-router-force-load-balancing",
+            "random routing says nothing about the experts; remove it",
         ),
-        "--moe-router-force-load-balancing (the loads would say nothing)": getattr(
-            args, "moe_router_force_load_balancing", False
+        (
+            args.moe_router_force_biased is not None,
+            f"--moe-router-force-biased {args.moe_router_force_biased}",
+            "random biases say nothing about the experts; remove it",
         ),
-        "--moe-enable-routing-replay (recorded expert ids would be stale)": getattr(
-            args, "moe_enable_routing_replay", False
+        (
+            args.moe_enable_routing_replay,
+            "--moe-enable-routing-replay",
+            "recorded expert ids would be stale after pruning; remove it",
         ),
-        f"--moe-token-dispatcher-type {args.moe_token_dispatcher_type} (its buffers are sized by "
-        "one expert count; use alltoall or allgather)": (
-            args.moe_token_dispatcher_type not in ("alltoall", "allgather")
+        (
+            bool(args.no_save_optim),
+            "--no-save-optim",
+            "the optimizer state would be lost at pruning; remove it",
         ),
-        "--mtp-num-layers (multi-token prediction layers have experts of their own)": bool(
-            args.mtp_num_layers
+        (
+            bool(args.no_save_rng),
+            "--no-save-rng",
+            "the random state would be lost at pruning; remove it",
         ),
-        "--hybrid-layer-pattern (hybrid stacks have no config for each layer)": (
-            args.hybrid_layer_pattern is not None
+        (
+            args.override_ckpt_iteration is not None,
+            f"--override-ckpt-iteration {args.override_ckpt_iteration}",
+            "a relaunch would set the iteration back each time, and count tokens twice; remove it",
         ),
-        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path is not None,
-        "--use-megatron-fsdp": args.use_megatron_fsdp,
-        "--use-torch-fsdp2": args.use_torch_fsdp2,
-        "--use-layer-wise-distributed-optimizer": getattr(
-            args, "use_layer_wise_distributed_optimizer", False
+        (
+            args.rerun_mode not in ("disabled", "validate_results"),
+            f"--rerun-mode {args.rerun_mode}",
+            "it runs each iteration several times, so tokens would be counted as often; use disabled "
+            "or validate_results",
         ),
-        "--moe-use-upcycling (upcycle first, then start a LAEP job from the result)": (
-            args.moe_use_upcycling
+        (args.skip_train, "--skip-train", "pruning is part of training; remove it"),
+        (
+            args.perform_rl_step,
+            "--perform-rl-step",
+            "only pre-training can be pruned; remove the --laep flags",
         ),
-        "--non-persistent-ckpt-type local": args.non_persistent_ckpt_type == "local",
-        "--no-save-optim (the optimizer state would be lost at pruning)": args.no_save_optim,
-        "--no-save-rng (the random state would be lost at pruning)": args.no_save_rng,
-        f"--rerun-mode {args.rerun_mode} (tokens would be counted once for each rerun)": (
-            args.rerun_mode == "report_determinism_stats"
+        (
+            args.distrib_optim_fully_reshardable_mem_efficient and not args.use_gloo_process_groups,
+            "--distrib-optim-fully-reshardable-mem-efficient without gloo groups",
+            "the pruning writes a fully reshardable checkpoint, which needs them in that mode; remove "
+            "one of --distrib-optim-fully-reshardable-mem-efficient and "
+            "--disable-gloo-process-groups",
         ),
-        "--skip-train": args.skip_train,
-        "--perform-rl-step": args.perform_rl_step,
-        "--yaml-cfg (the --laep flags would be dropped)": args.yaml_cfg is not None,
-    }
-    for flag, given in unsupported.items():
+        (
+            args.cuda_graph_impl != "none" and not config.exit_after_prune,
+            f"--cuda-graph-impl {args.cuda_graph_impl}",
+            f"captured graphs cannot be rebuilt inside a running job; {graphs}",
+        ),
+        (
+            args.optimizer_cuda_graph and not config.exit_after_prune,
+            "--optimizer-cuda-graph",
+            f"captured graphs cannot be rebuilt inside a running job; {graphs}",
+        ),
+        (
+            args.inprocess_restart and not config.exit_after_prune,
+            "--inprocess-restart",
+            f"it wraps the training function, as the rebuild inside the job does; {graphs}",
+        ),
+    ]
+    _refuse(unsupported, "together with --laep-prune-iteration")
+
+
+def _refuse(unsupported: list[tuple[bool, str, str]], situation: str) -> None:
+    """Complains about the first of (is given, flag, reason and remedy) that is given."""
+    for given, flag, reason in unsupported:
         if given:
-            raise ValueError(f"{flag} is not supported together with --laep-prune-iteration")
+            raise ValueError(f"{flag} is not supported {situation}: {reason}")
 
 
 def _check_iterations(args: Namespace, config: LaepConfig) -> None:
-    last = args.train_iters
-    if last is None and args.rampup_batch_size is None:
-        last = args.train_samples // args.global_batch_size
-    if last is not None and config.prune_iteration >= last:
+    last, flag = _training_iterations(args)
+    if config.prune_iteration >= last:
         raise ValueError(
             f"--laep-prune-iteration {config.prune_iteration} is not before the end of training "
-            f"({last} iterations, from --train-iters or --train-samples): the pruned model would "
-            "never be trained"
+            f"({last} iterations, from {flag}): the pruned model would never be trained; prune at "
+            f"{last - 1} or before, or train longer"
         )
     start = config.prune_iteration - config.resolved_window()
     for iteration, meaning in ((start, "the window begins"), (config.prune_iteration, "pruning")):
         if iteration in args.iterations_to_skip:
             raise ValueError(
-                f"--iterations-to-skip skips iteration {iteration}, after which {meaning}; choose "
-                "another --laep-prune-iteration or --laep-window"
+                f"--iterations-to-skip skips iteration {iteration}, after which comes {meaning}; "
+                "choose another --laep-prune-iteration or --laep-window"
             )
 
 
-def _check_sizes(args: Namespace, config: LaepConfig) -> None:
-    size = config.expert_model_parallel_size or args.expert_model_parallel_size
-    flag = "--laep-expert-model-parallel-size"
-    expert_ranks = args.expert_tensor_parallel_size * size * args.pipeline_model_parallel_size
-    if args.world_size % expert_ranks:
+def _training_iterations(args: Namespace) -> tuple[int, str]:
+    """How many iterations the job will have, and the flags that say so; as Megatron's
+    ``update_train_iters`` finds out, but that runs only after the arguments were validated."""
+    if args.train_iters:
+        return args.train_iters, f"--train-iters {args.train_iters}"
+    if not args.train_samples:
         raise ValueError(
-            f"{flag} {size}: {args.world_size} ranks do not divide by expert tensor parallel size "
-            f"{args.expert_tensor_parallel_size} x expert model parallel size {size} x pipeline "
-            f"parallel size {args.pipeline_model_parallel_size} = {expert_ranks}"
+            "--laep-prune-iteration needs --train-iters or --train-samples, to tell whether the job "
+            "gets there"
         )
+    flag = f"--train-samples {args.train_samples}"
+    if args.step_batch_size_schedule is None:
+        iterations = args.train_samples // args.global_batch_size
+        return iterations, f"{flag} and --global-batch-size {args.global_batch_size}"
+    schedule = StepBatchsizeNumMicroBatchesCalculator(
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size * args.gtp_weight_remat_size,
+        decrease_batch_size_if_needed=False,
+        rank=-1,  # not the one that logs
+        schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
+    ).schedule
+    iterations = samples = 0
+    ends = [threshold for threshold, _ in schedule[1:]] + [args.train_samples]
+    for end, (_, batch_size) in zip(ends, schedule, strict=True):
+        steps = max(0, math.ceil((min(end, args.train_samples) - samples) / batch_size))
+        iterations, samples = iterations + steps, samples + steps * batch_size
+    return iterations, f"{flag} and --step-batch-size-schedule {args.step_batch_size_schedule}"
+
+
+def _check_sizes(args: Namespace, config: LaepConfig) -> None:
+    before = args.expert_model_parallel_size
+    size, flag = before, "--expert-model-parallel-size"
+    if config.expert_model_parallel_size is not None:
+        size, flag = config.expert_model_parallel_size, "--laep-expert-model-parallel-size"
     if args.num_experts % size:
         raise ValueError(
             f"{flag} {size} does not divide --num-experts {args.num_experts}; choose a size that "
             "divides it"
+        )
+    ranks_of_a_model = args.expert_tensor_parallel_size * size * args.pipeline_model_parallel_size
+    if args.world_size % ranks_of_a_model:
+        raise ValueError(
+            f"{flag} {size}: {args.world_size} ranks do not divide by expert tensor parallel size "
+            f"{args.expert_tensor_parallel_size} x expert model parallel size {size} x pipeline "
+            f"parallel size {args.pipeline_model_parallel_size} = {ranks_of_a_model}; choose a size "
+            f"that divides {args.world_size}"
         )
     multiple = config.expert_multiple or size
     check_multiple(multiple, size)
     if args.num_experts % multiple:
         raise ValueError(
             f"--laep-expert-multiple {multiple} does not divide --num-experts {args.num_experts}, "
-            "so a layer from which nothing is pruned could not be rounded up to it"
+            "so a layer from which nothing is pruned could not be rounded up to it; choose a multiple "
+            "that divides it"
+        )
+    if size != before:
+        _check_new_size(args, size, args.world_size // ranks_of_a_model)
+
+
+def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
+    """What Megatron would complain about only in the rebuild, with the pruning behind it."""
+    flag = f"--laep-expert-model-parallel-size {size}"
+    if replicas % args.num_distributed_optimizer_instances:
+        raise ValueError(
+            f"{flag} leaves {replicas} replicas of each expert, which "
+            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} does "
+            "not divide; choose another size, or one instance"
+        )
+    if (
+        args.use_tp_pp_dp_mapping
+        and args.pipeline_model_parallel_size > 1
+        and replicas != args.data_parallel_size
+    ):
+        raise ValueError(
+            f"{flag} leaves {replicas} replicas of each expert and {args.data_parallel_size} of the "
+            "other weights, which --use-tp-pp-dp-mapping wants to be equal; remove it, or keep the size"
+        )
+    if args.overlap_moe_expert_parallel_comm and size == 1:
+        raise ValueError(
+            f"{flag} leaves nothing for --overlap-moe-expert-parallel-comm to overlap, which Megatron "
+            "refuses; remove it, or choose a size of at least 2"
+        )
+    if (size == 1) != (args.expert_model_parallel_size == 1) and args.optimizer not in (
+        "adam",
+        "sgd",
+    ):
+        raise ValueError(
+            f"--optimizer {args.optimizer}: its state cannot be carried from "
+            f"--expert-model-parallel-size {args.expert_model_parallel_size} to {flag}; keep the size, "
+            "or use adam"
         )
 
 
-def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
-
-
 def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
-    """The map of ``--laep-plan``, checked against the job and dated to the pruning iteration."""
+    """The map of ``--laep-plan``, checked against the job. It keeps the date that it was made on."""
     path = Path(config.plan)
     try:
         expert_map = ExpertMap.from_json(path.read_text())
@@ -181,15 +345,26 @@ def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
     return expert_map
 
 
-def check_start(record: Record | None, config: LaepConfig, where: object) -> None:
+def check_start(
+    record: Record | None, config: LaepConfig, where: object, args: Namespace | None = None
+) -> None:
     """Whether the job can go on from its checkpoint the way its flags say.
 
     Args:
-        record: of the checkpoint that will be loaded; None for a start from scratch.
+        record: of the checkpoint that will be loaded; None for a start from scratch, and for a
+            checkpoint whose format is not ``torch_dist``.
         config: the LAEP settings, ``config.enabled``.
-        where: the checkpoint, for messages.
+        where: the checkpoint, for messages; None for a start from scratch.
+        args: Megatron's arguments; tell whether the job counts on from the checkpoint's iteration.
     """
+    starts_over = args is not None and checkpoint.starts_over(args, where)
     if record is None:
+        if args is not None and where is not None and not starts_over:
+            raise ValueError(
+                f"{where} is not in --ckpt-format torch_dist, so --laep-prune-iteration "
+                f"{config.prune_iteration} cannot be compared with its iteration; convert it first "
+                "(--ckpt-convert-format torch_dist), or start over from it with --finetune"
+            )
         return
     if record.expert_map is not None:
         if record.expert_map.iteration != config.prune_iteration:
@@ -198,6 +373,8 @@ def check_start(record: Record | None, config: LaepConfig, where: object) -> Non
                 f"--laep-prune-iteration is {config.prune_iteration}; a second pruning is not "
                 f"supported: give --laep-prune-iteration {record.expert_map.iteration} to go on"
             )
+        return
+    if starts_over:
         return
     if record.iteration >= config.prune_iteration:
         raise ValueError(

@@ -1,11 +1,14 @@
-"""Pretrains a GPT with Megatron-LM's own training loop. Needs nothing but the megatron-core wheel (0.19).
+"""Pretrains a GPT with Megatron-LM's training loop; needs the megatron-core wheel (0.19) only.
 
-On GPUs:    torchrun --nproc-per-node 8 scripts/pretrain_gpt.py <Megatron's flags>
-With LAEP:  torchrun --nproc-per-node 8 -m megatron_laep scripts/pretrain_gpt.py <Megatron's flags> <LAEP's flags>
+On GPUs:
+    torchrun --nproc-per-node 8 scripts/pretrain_gpt.py <Megatron's flags>
+With LAEP:
+    torchrun --nproc-per-node 8 -m megatron_laep scripts/pretrain_gpt.py <Megatron's, LAEP's flags>
 
-Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data. Does not know packed
-sequences (SFT, inter-document masking), fill-in-the-middle, distillation: Megatron-LM's own pretrain_gpt.py does.
-The module keeps no state, so that it can be run again in the same process.
+Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data.
+Does not know packed sequences (SFT, inter-document masking), fill-in-the-middle, distillation:
+Megatron-LM's own pretrain_gpt.py does. The module keeps no state, so that it can be run again in
+the same process.
 """
 
 from __future__ import annotations
@@ -34,11 +37,20 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
-NOT_SUPPORTED = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
+NOT_SUPPORTED = (
+    "sft",
+    "fim_data",
+    "hybrid_context_parallel",
+    "dataloader_inter_document_masking",
+    "logits_load_dir",
+    "per_dataset_sequences_path",
+)
+
+SPIKE = 10  # --check-for-spiky-loss: so many times the largest loss seen before
 
 
 def has_mtp(args: Any, vp_stage: int | None = None) -> bool:
-    """Whether this pipeline stage predicts further tokens (``--mtp-num-layers``), for which it needs the batch."""
+    """Whether this pipeline stage has multi-token prediction, for which it needs the batch."""
     config = core_transformer_config_from_args(args)
     return mtp_on_this_rank(
         layout=config.pipeline_model_parallel_layout,
@@ -48,11 +60,14 @@ def has_mtp(args: Any, vp_stage: int | None = None) -> bool:
     )
 
 
-def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+def get_batch(
+    data_iterator: Iterator | None, vp_stage: int | None
+) -> dict[str, torch.Tensor | None]:
     """The micro-batch of this rank: {name: tensor or None} for `TENSORS`.
 
-    The first tensor-parallel rank reads it (shape [micro batch, sequence]) and sends it to the others; then each
-    context-parallel rank keeps its part of the sequence. Stages inside the pipeline need nothing.
+    The first tensor-parallel rank reads it (shape [micro batch, sequence]) and sends it to the
+    others; then each context-parallel rank keeps its part of the sequence. Stages inside the
+    pipeline need nothing.
     """
     args = get_args()
     mtp = has_mtp(args, vp_stage)
@@ -93,21 +108,28 @@ def loss_function(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the losses of the tokens that count, their number, and both together for the log.
 
-    Megatron divides one by the other after it has added up all ranks; the keys and shapes are those it expects.
+    Megatron divides one by the other after it has added up all ranks; the keys and shapes are those
+    it expects.
     """
     args = get_args()
     mask = loss_mask.reshape(-1).float()
     loss = (token_losses.reshape(-1).float() * mask).sum()
     tokens = mask.sum().to(torch.int)
+    rerun = get_rerun_state_machine()
+    checks = []
     if args.check_for_nan_in_loss_and_grad:
-        for problem, is_bad in (("NaN", torch.isnan), ("infinity", torch.isinf)):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=is_bad,
-                message=f"{problem} in the loss of this rank's micro-batch",
-                tolerance=0.0,
-                fatal=True,
-            )
+        checks += [("NaN", torch.isnan, True), ("infinity", torch.isinf, True)]
+    if args.check_for_spiky_loss:
+        spiky = partial(rerun.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        checks.append(("a spike", spiky, False))
+    for problem, is_bad, fatal in checks:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=is_bad,
+            message=f"{problem} in the loss of this rank's micro-batch",
+            tolerance=0.0,  # a forward pass repeated gives the same bits
+            fatal=fatal,
+        )
     report = torch.stack((loss.detach(), tokens.to(loss.dtype)))
     return loss, tokens, {"lm loss": report}
 
@@ -115,15 +137,17 @@ def loss_function(
 def forward_step(
     data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
 ) -> tuple[Any, partial]:
-    """One micro-batch forward: the model's output (or the plan to compute it) and the function that makes the loss."""
+    """One micro-batch forward.
+
+    Returns the model's output (or the plan to compute it) and the function that makes the loss.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
 
-    run = model
-    if return_schedule_plan:  # --overlap-moe-expert-parallel-comm
-        run = get_attr_wrapped_model(model, "build_schedule_plan", return_model_obj=True).build_schedule_plan
+    # For --overlap-moe-expert-parallel-comm Megatron hands in the model without its wrappers.
+    run = model.build_schedule_plan if return_schedule_plan else model
     output = run(
         batch["tokens"],
         batch["position_ids"],
@@ -159,6 +183,8 @@ def provide_datasets(samples: list[int], vp_stage: int | None = None) -> tuple[A
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
 
@@ -172,7 +198,10 @@ def provide_datasets(samples: list[int], vp_stage: int | None = None) -> tuple[A
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
-    """Which ranks of a pipeline hold the word embedding: the first, the last if it is tied, and those with MTP."""
+    """The ranks of a pipeline that hold the word embedding.
+
+    The first; the last, if input and output share it; those with multi-token prediction.
+    """
     args = get_args()
     ranks = {pipeline_ranks[0]}
     if len(pipeline_ranks) > 1:
@@ -190,8 +219,10 @@ def main() -> None:
     for name in NOT_SUPPORTED:
         if getattr(args, name, False):
             raise ValueError(
-                f"scripts/pretrain_gpt.py: got --{name.replace('_', '-')}, which this script does not know: "
-                "use Megatron-LM's own pretrain_gpt.py, which starts under `python -m megatron_laep` as well"
+                f"scripts/pretrain_gpt.py: got --{name.replace('_', '-')}, which this script does "
+                "not know: "
+                "use Megatron-LM's own pretrain_gpt.py, which starts under `python -m "
+                "megatron_laep` as well"
             )
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(

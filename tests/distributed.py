@@ -1,8 +1,8 @@
-"""Real distributed Megatron runs for tests: gloo processes on this machine, their logs, their losses to the last bit.
+"""Real distributed Megatron runs for tests: gloo processes, their logs, their losses exactly.
 
-    result = run_megatron(tiny_arguments(expert_model_parallel_size=2, train_iters=5), world_size=2)
-    result.losses[5]   # '5.542543E+00', as printed
-    result.exact[5]    # ('0x1.62b9080000000p+2', '0x1.d8f5c20000000p-1'): loss and gradient norm
+result = run_megatron(tiny_arguments(expert_model_parallel_size=2), world_size=2)
+result.losses[5]   # '5.803966E+00', as printed
+result.exact[5]    # ('0x1.73742c0000000p+2', '0x1.1f25060000000p-1'): loss, gradient norm
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ TINY = {
 
 
 def tiny_arguments(**overrides: Any) -> list[str]:
-    """Megatron flags of a very small MoE GPT (4 layers, 8 experts, top-2, bytes), the CPU platform's included.
+    """Megatron flags of a very small MoE GPT (4 layers, 8 experts, top-2, bytes), the CPU
+    platform's included.
 
     Args:
-        overrides: flag names with underscores. True gives a bare flag; False or None removes it; a list or tuple gives
-            several values. ``data_path`` takes the place of ``--mock-data``.
+        overrides: flag names with underscores. True gives a bare flag; False or None removes it; a
+            list or tuple gives several values. ``data_path`` takes the place of ``--mock-data``.
     """
     flags = dict(TINY)
     if overrides.get("data_path"):
@@ -88,7 +89,9 @@ def tiny_arguments(**overrides: Any) -> list[str]:
 
 @dataclass
 class RunResult:
-    """What came out of a run: per iteration, the values as printed and exactly; per rank, code and log."""
+    """What came out of a run: per iteration, the values as printed and exactly; per rank, code and
+    log.
+    """
 
     returncodes: list[int]
     """Exit code of each rank; minus the signal's number if it was killed."""
@@ -102,7 +105,9 @@ class RunResult:
     """Iteration -> (``lm loss``, gradient norm), both as ``float.hex()``."""
 
     exact_losses: dict[int, dict[str, str]] = field(default_factory=dict)
-    """Iteration -> all losses by name, as ``float.hex()``: auxiliary losses, too, where Megatron reports them so."""
+    """Iteration -> all losses by name, as ``float.hex()``: auxiliary losses, too, where Megatron
+    reports them so.
+    """
 
     @property
     def ok(self) -> bool:
@@ -110,12 +115,16 @@ class RunResult:
 
     @property
     def output(self) -> str:
-        """What the printing ranks wrote: the first one (start-up, checkpoints) and the last one (iterations)."""
+        """What the printing ranks wrote: the first one (start-up, checkpoints) and the last one
+        (iterations).
+        """
         return self.logs[0] if len(self.logs) == 1 else self.logs[0] + self.logs[-1]
 
     @property
     def losses(self) -> dict[int, str]:
-        """Iteration -> ``lm loss`` as Megatron prints it. After a resume it averages the first two iterations."""
+        """Iteration -> ``lm loss`` as Megatron prints it. After a resume it averages the first two
+        iterations.
+        """
         return self._printed("lm loss")
 
     @property
@@ -159,15 +168,18 @@ def run_megatron(
 
     Args:
         args: the script's command line.
-        launcher: what Python is to run before the script: `ON_CPU`, `LAEP`, or another list of words.
+        launcher: what Python is to run before the script: `ON_CPU`, `LAEP`, or another list of
+            words.
         env: further environment variables, for all ranks.
-        timeout: seconds after which every process is killed. The first rank that fails ends the others, too.
+        timeout: seconds after which every process is killed. The first rank that fails ends the
+            others, too.
         check: raise `RunFailed` unless all ranks exit with 0 in time.
         log_dir: where each rank's log goes; a temporary directory otherwise.
 
-    The logs' tails are printed as well, so that pytest shows them with any later failure of the test.
+    The logs' tails are printed as well, so that pytest shows them with any later failure of the
+    test.
     """
-    for attempt in range(3):
+    for _ in range(3):
         result = _run_once(args, world_size, launcher, script, env or {}, timeout, log_dir)
         # Between choosing a free port and using it, somebody else may take it.
         if result.ok or "EADDRINUSE" not in result.logs[0]:
@@ -176,6 +188,39 @@ def run_megatron(
     if check and not result.ok:
         raise RunFailed(result)
     return result
+
+
+def run_batch(
+    jobs: Mapping[str, tuple[bool, Sequence[str]]], world_size: int, *, timeout: float = 300.0
+) -> dict[str, RunResult]:
+    """Runs jobs one after the other in the same processes (see `batch.py`), and tells them apart by name.
+
+    Args:
+        jobs: for each name, whether it runs under megatron_laep, and its command line.
+        timeout: seconds for all of them together.
+
+    Returns:
+        A result for each name; `exact` is its own, logs and exit codes are those of the whole batch.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron-batch-") as scratch:
+        path = Path(scratch) / "jobs.json"
+        path.write_text(
+            json.dumps([{"laep": laep, "args": list(map(str, args))} for laep, args in jobs.values()])
+        )
+        whole = run_megatron(
+            [PRETRAIN_GPT],
+            world_size,
+            launcher=(str(TESTS / "batch.py"),),
+            script=path,
+            env={"EXACT_LOG_BASE": scratch},
+            timeout=timeout,
+        )
+        results = {}
+        for number, name in enumerate(jobs):
+            results[name] = RunResult(whole.returncodes, whole.logs, whole.seconds)
+            for rank in range(world_size):
+                _read_exact(Path(scratch) / f"exact{rank}.jsonl.{number}", results[name])
+        return results
 
 
 def _run_once(
@@ -191,9 +236,17 @@ def _run_once(
         directory = Path(scratch) if log_dir is None else Path(log_dir)
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / f"rank{rank}.log" for rank in range(world_size)]
-        exact_paths = [Path(scratch) / f"exact{rank}.jsonl" for rank in range(world_size)]
+        exact_folder = Path(env.get("EXACT_LOG_BASE", scratch))
+        exact_paths = [exact_folder / f"exact{rank}.jsonl" for rank in range(world_size)]
         environment = _environment(world_size) | dict(env)
-        command = [sys.executable, "-u", str(TESTS / "exact_log.py"), *launcher, str(script), *map(str, args)]
+        command = [
+            sys.executable,
+            "-u",
+            str(TESTS / "exact_log.py"),
+            *launcher,
+            str(script),
+            *map(str, args),
+        ]
         started = time.monotonic()
         processes = []
         try:
@@ -258,7 +311,8 @@ def _wait(processes: list[subprocess.Popen], deadline: float) -> bool:
         if all(code is not None for code in codes):
             return False
         if any(codes):
-            # Whoever waits for the failed rank ends by itself, or has two seconds to say why it does not.
+            # Whoever waits for the failed rank ends by itself, or has two seconds to say why it
+            # does not.
             grace = time.monotonic() + 2.0
             while time.monotonic() < grace and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
@@ -269,7 +323,7 @@ def _wait(processes: list[subprocess.Popen], deadline: float) -> bool:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End a process and its children (checkpoint writers), which have a process group of their own."""
+    """End a process and its children (checkpoint writers): they are a process group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,11 +1,12 @@
-"""Runs a script or a module and writes every iteration's losses and gradient norm down to the last bit.
+"""Runs a script or a module, and logs the losses and gradient norms of its training exactly.
 
     EXACT_LOG=FILE python tests/exact_log.py SCRIPT ARGS
     EXACT_LOG=FILE python tests/exact_log.py -m MODULE ARGS
 
-Megatron prints seven digits of a loss and three of a gradient norm. This appends to FILE, for each call of its
-``training_log`` on a rank that knows the loss, one JSON line: {"iteration": 3, "losses": {"lm loss": "0x1.8p+2"},
-"grad_norm": "0x1.0p-1"}. Megatron is not imported here, so that what is run may do it when it is ready.
+Megatron prints seven digits of a loss and three of a gradient norm. This appends to FILE, for each
+call of its ``training_log`` on a rank that knows the loss, one JSON line: {"iteration": 3,
+"losses": {"lm loss": "0x1.8p+2"}, "grad_norm": "0x1.0p-1"}. Megatron is not imported here, so that
+what is run may do it when it is ready.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ TRAINING_MODULE = "megatron.training.training"
 
 
 def _hex(number: Any) -> str:
-    """Exact text of a float, or of a tensor of one, or of [sum, count] as Megatron reports losses."""
+    """Exact text of a float, of a tensor of one, or of Megatron's [sum, count] of a loss."""
     if hasattr(number, "numel") and number.numel() == 2:
         number = number[0] / number[1]
     return float(number).hex()
 
 
-def _wrap(training: ModuleType, path: str) -> None:
+def _wrap(training: ModuleType) -> None:
     training_log = training.training_log
 
     @functools.wraps(training_log)
     def logged(
-        loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
+        loss_dict: dict,
+        total_loss_dict: dict,
+        learning_rate: Any,
+        iteration: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if loss_dict:
             # training_log(..., loss_scale, report_memory_flag, skipped_iter, grad_norm, ...)
@@ -45,7 +51,7 @@ def _wrap(training: ModuleType, path: str) -> None:
                 "losses": {name: _hex(loss) for name, loss in loss_dict.items()},
                 "grad_norm": None if grad_norm is None else _hex(grad_norm),
             }
-            with open(path, "a") as log:
+            with open(os.environ["EXACT_LOG"], "a") as log:
                 log.write(json.dumps(line) + "\n")
         return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
 
@@ -54,9 +60,6 @@ def _wrap(training: ModuleType, path: str) -> None:
 
 class _TrainingFinder(importlib.abc.MetaPathFinder):
     """Finds the training module as usual, and wraps it once it is loaded."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != TRAINING_MODULE:
@@ -67,14 +70,14 @@ class _TrainingFinder(importlib.abc.MetaPathFinder):
 
             def exec_and_wrap(module: ModuleType) -> None:
                 exec_module(module)
-                _wrap(module, self.path)
+                _wrap(module)
 
             spec.loader.exec_module = exec_and_wrap
         return spec
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, _TrainingFinder(os.environ["EXACT_LOG"]))
+    sys.meta_path.insert(0, _TrainingFinder())
     if sys.argv[1] == "-m":
         sys.argv = sys.argv[2:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

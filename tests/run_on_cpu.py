@@ -1,4 +1,6 @@
-"""Runs a training script on the CPU platform, in this process: python tests/run_on_cpu.py SCRIPT ARGS.
+"""Runs a training script on the CPU platform.
+
+    python tests/run_on_cpu.py SCRIPT ARGS
 
 Stands for the launcher in tests that are about stock Megatron.
 """

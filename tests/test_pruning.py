@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_laep.pruning import checked_loads, exact_decimal, experts_to_keep, experts_to_prune
 
-# 8 experts, 200 tokens, mean 25. Expert (load) by ascending (load, id): 1 (0), 2 (5), 5 (5), 0 (10),
-# 7 (10), 4 (30), 6 (40), 3 (100); summed: 0, 5, 10, 20, 30, 60, 100, 200.
+# 8 experts, 200 tokens, mean 25. Expert (load), ascending by (load, id): 1 (0), 2 (5), 5 (5),
+# 0 (10), 7 (10), 4 (30), 6 (40), 3 (100). Summed: 0, 5, 10, 20, 30, 60, 100, 200.
 LOADS = [10, 0, 5, 100, 30, 5, 40, 10]
 
 loads_lists = st.lists(st.integers(0, 50) | st.integers(0, 10**12), min_size=1, max_size=24).filter(

@@ -1,8 +1,9 @@
 """The CPU platform: lets stock Megatron-Core train on gloo processes, without a GPU.
 
-Switched on explicitly, before anything imports Megatron, and only in processes that have no GPU: by the launcher
-when ``MEGATRON_LAEP_PLATFORM=cpu`` is set, or by calling :func:`enable`. A GPU run never imports this package.
-Everything it changes is changed for the whole process, and for the rest of its life.
+Switched on explicitly, before anything imports Megatron, and only in processes that have no GPU: by
+the launcher when ``MEGATRON_LAEP_PLATFORM=cpu`` is set, or by calling :func:`enable`. A GPU run
+never imports this package. Everything it changes is changed for the whole process, and for the rest
+of its life.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 
 ENVIRONMENT_VARIABLE = "MEGATRON_LAEP_PLATFORM"
-"""Name of the environment variable: ``cpu``, ``cpu-force`` (also beside a visible GPU), or empty / not set."""
+"""Environment variable: ``cpu``, ``cpu-force`` (also beside a visible GPU), ``gpu`` or not set."""
 
 _PLATFORMS = ("", "gpu", "cpu", "cpu-force")
 
@@ -31,7 +32,7 @@ _enabled = False
 
 
 def _platform() -> str:
-    """The platform asked for in the environment; raises ValueError for a name that does not exist."""
+    """The platform the environment asks for; ValueError for a name that does not exist."""
     platform = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if platform not in _PLATFORMS:
         raise ValueError(
@@ -42,7 +43,7 @@ def _platform() -> str:
 
 
 def requested() -> bool:
-    """True if the environment asks for the CPU platform (``MEGATRON_LAEP_PLATFORM=cpu`` or ``cpu-force``)."""
+    """True if ``MEGATRON_LAEP_PLATFORM`` asks for the CPU platform (``cpu`` or ``cpu-force``)."""
     return _platform().startswith("cpu")
 
 
@@ -52,9 +53,9 @@ def is_enabled() -> bool:
 
 
 def cpu_arguments() -> list[str]:
-    """The Megatron flags without which a model cannot be trained on the CPU, ready for a command line.
+    """The Megatron flags that training on the CPU needs, as words of a command line.
 
-    They select gloo, the local layer spec and the unfused kernels. Nothing in them changes the model.
+    They select gloo, the local layer spec and the unfused kernels; the model stays the same.
     """
     return list(_CPU_ARGUMENTS)
 
@@ -62,15 +63,17 @@ def cpu_arguments() -> list[str]:
 def enable(force: bool = False) -> None:
     """Turn this process into one where stock Megatron-Core runs on the CPU.
 
-    Process-wide and not undone: torch functions and Megatron modules are replaced in place (``platform`` and
-    ``norm`` say which, and who needs each). Imports Megatron as its last step. A second call does nothing.
+    Process-wide and not undone: torch functions and Megatron modules are replaced in place
+    (``platform`` and ``norm`` say which, and who needs each). Imports Megatron as its last step. A
+    second call does nothing.
 
     Args:
-        force: also where a GPU is visible, which then stays unused. ``MEGATRON_LAEP_PLATFORM=cpu-force`` does the
-            same.
+        force: also where a GPU is visible, which then stays unused.
+            ``MEGATRON_LAEP_PLATFORM=cpu-force`` does the same.
 
     Raises:
-        ValueError: Megatron was imported before; or a GPU is visible and neither form of force was given.
+        ValueError: Megatron was imported before; or a GPU is visible and neither form of force was
+            given.
     """
     global _enabled
     if _enabled:

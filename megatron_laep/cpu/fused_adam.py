@@ -1,9 +1,9 @@
-"""Adam in plain torch operations, with the interface and the state layout of TransformerEngine's FusedAdam.
+"""Adam in plain torch operations, with interface and state as TransformerEngine's FusedAdam.
 
-Given to Megatron by ``megatron_laep.cpu.platform`` in the place of TransformerEngine's or Apex's kernel. The layout
-is the point: the number of steps lives in the parameter group, and a parameter's state is ``exp_avg`` and
-``exp_avg_sq`` only. Checkpoints of the distributed optimizer rely on it, and those written here can be read by a GPU
-run, and the other way round.
+Given to Megatron by ``megatron_laep.cpu.platform`` in the place of TransformerEngine's or Apex's
+kernel. The layout is the point: the number of steps lives in the parameter group, and a parameter's
+state is ``exp_avg`` and ``exp_avg_sq`` only. Checkpoints of the distributed optimizer rely on it,
+and have the same entries here and in a GPU run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 class FusedAdam(torch.optim.Optimizer):
     """Adam (L2) or AdamW (decoupled weight decay), after TransformerEngine's ``FusedAdam``.
 
-    Each operation rounds once (no fused multiply-add), so that a parameter's update depends on its own numbers only
-    and not on where in a buffer, inside or behind the last whole SIMD vector, it happens to lie. Renumbering experts
-    moves parameters in the distributed optimizer's buffers, and must not move their values.
+    Each operation rounds once (no fused multiply-add), so that a parameter's update depends on its
+    own numbers only and not on where in a buffer, inside or behind the last whole SIMD vector, it
+    happens to lie. Renumbering experts moves parameters in the distributed optimizer's buffers, and
+    must not move their values.
 
     Args:
         params: parameters, or groups of them.
@@ -33,7 +34,8 @@ class FusedAdam(torch.optim.Optimizer):
         set_grad_none: what `zero_grad` does when it is not told.
 
     Raises:
-        ValueError: `capturable`, or an option of TransformerEngine's kernel that this class does not have.
+        ValueError: `capturable`, or an option of TransformerEngine's kernel that this class does
+            not have.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class FusedAdam(torch.optim.Optimizer):
     ) -> None:
         if capturable:
             raise ValueError(
-                "FusedAdam on the CPU: got capturable=True, and there are no CUDA graphs to capture: "
+                "FusedAdam on the CPU: got capturable=True, and there are no CUDA graphs to "
+                "capture: "
                 "remove --optimizer-cuda-graph"
             )
         if unsupported:
             raise ValueError(
-                f"FusedAdam on the CPU: got {', '.join(sorted(unsupported))}, which only TransformerEngine's kernel "
+                f"FusedAdam on the CPU: got {', '.join(sorted(unsupported))}, which only "
+                "TransformerEngine's kernel "
                 "has: remove --use-precision-aware-optimizer"
             )
         super().__init__(
@@ -74,12 +78,12 @@ class FusedAdam(torch.optim.Optimizer):
         self.set_grad_none = set_grad_none
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Clear the gradients; `set_to_none` as in torch, by default the constructor's `set_grad_none`."""
+        """Clear the gradients as in torch; the constructor's `set_grad_none` is the default."""
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; counts a step in each group that is not empty."""
+        """Update every parameter that has a gradient; count a step in groups that are not empty."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,8 +1,9 @@
 """LayerNorm and RMSNorm of torch for the local layer spec, also with sequence parallelism.
 
-Installed by ``megatron_laep.cpu.platform``. Megatron's own wrapper around torch's norms refuses sequence parallelism,
-because nothing would sum the weights' gradients over the tensor-parallel ranks, which each see a part of the sequence.
-Megatron does sum the gradients of parameters that carry a mark: here they get it.
+Installed by ``megatron_laep.cpu.platform``. Megatron's own wrapper around torch's norms refuses
+sequence parallelism, because nothing would sum the weights' gradients over the tensor-parallel
+ranks, which each see a part of the sequence. Megatron does sum the gradients of parameters that
+carry a mark: here they get it.
 """
 
 from __future__ import annotations
@@ -27,21 +28,23 @@ def build_norm(normalization: str, hidden_size: int, eps: float) -> torch.nn.Mod
     """
     if normalization not in _NORMS:
         raise ValueError(
-            f"CPU platform, norm under --sequence-parallel: got --normalization {normalization}, wanted one of "
+            f"CPU platform, norm under --sequence-parallel: got --normalization {normalization}, "
+            "wanted one of "
             f"{', '.join(_NORMS)}"
         )
     norm = _NORMS[normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
-        # Read by Megatron's finalize_model_grads, which then all-reduces the gradient over the tensor-parallel group.
+        # Read by Megatron's finalize_model_grads, which then all-reduces the gradient over the
+        # tensor-parallel group.
         parameter.sequence_parallel = True
     return norm
 
 
 def install() -> None:
-    """Let Megatron's ``WrappedTorchNorm`` build `build_norm`'s modules when, and only when, it would refuse.
+    """Let Megatron's ``WrappedTorchNorm`` call `build_norm` under sequence parallelism only.
 
-    The layer specs bind the class by name in several modules, so it is its ``__new__`` that changes; a subclass in
-    the spec would have to be put into each of them.
+    The layer specs bind the class by name in several modules, so it is its ``__new__`` that
+    changes; a subclass in the spec would have to be put into each of them.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -55,7 +58,8 @@ def install() -> None:
         for option in ("layernorm_zero_centered_gamma", "persist_layer_norm"):
             if getattr(config, option):
                 raise ValueError(
-                    f"CPU platform, norm under --sequence-parallel: got {option}=True, which torch's norms do not "
+                    f"CPU platform, norm under --sequence-parallel: got {option}=True, which "
+                    "torch's norms do not "
                     "have: switch it off"
                 )
         return build_norm(config.normalization, hidden_size, eps)

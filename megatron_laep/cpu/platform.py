@@ -1,9 +1,10 @@
-"""What has to be replaced in torch and in Megatron so that Megatron, written for GPUs, runs on the CPU.
+"""What is replaced in torch and in Megatron so that Megatron, written for GPUs, runs on the CPU.
 
-Called by ``megatron_laep.cpu.enable``: first `check_process`, then `patch_torch` while Megatron is not imported yet
-(its modules bind ``torch.compile`` and ``torch.cuda._lazy_call`` at import), then `patch_megatron`, which imports the
-few modules it changes. A ``device="cuda"`` is translated at the functions that make or move tensors and not by a
-``TorchFunctionMode``: a mode taxes every torch call and attribute look-up, and is bound to one thread.
+Called by ``megatron_laep.cpu.enable``: first `check_process`, then `patch_torch` while Megatron is
+not imported yet (its modules bind ``torch.compile`` and ``torch.cuda._lazy_call`` at import), then
+`patch_megatron`, which imports the few modules it changes. A ``device="cuda"`` is translated at the
+functions that make or move tensors and not by a ``TorchFunctionMode``: a mode taxes every torch
+call and attribute look-up, and is bound to one thread.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 COMPUTE_CAPABILITY = (8, 0)
-"""What the CPU answers when asked for its CUDA generation: enough for `--moe-grouped-gemm`, and old enough for
-Megatron to insist on the ordered kernel queue that a CPU always has."""
+"""What the CPU answers when asked for its CUDA generation: enough for `--moe-grouped-gemm`, and old
+enough for Megatron to insist on the ordered kernel queue that a CPU always has."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Is this a process for the CPU platform?
 
 
@@ -40,27 +41,33 @@ def check_process(force: bool) -> None:
     Raises:
         ValueError: Megatron is imported already; or a GPU is visible and `force` is False.
     """
-    imported = sorted(name for name in sys.modules if name == "megatron" or name.startswith("megatron."))
+    imported = sorted(
+        name for name in sys.modules if name == "megatron" or name.startswith("megatron.")
+    )
     if imported:
         raise ValueError(
-            f"megatron_laep.cpu.enable(): {imported[0]} is already imported, and the CPU platform has to be there "
-            "before Megatron: call enable() first, or start the script through `python -m megatron_laep` with "
+            f"megatron_laep.cpu.enable(): {imported[0]} is already imported, and the CPU platform "
+            "has to be there "
+            "before Megatron: call enable() first, or start the script through `python -m "
+            "megatron_laep` with "
             "MEGATRON_LAEP_PLATFORM=cpu"
         )
     if torch.cuda.is_available() and not force:
         raise ValueError(
-            f"megatron_laep.cpu.enable(): {torch.cuda.device_count()} GPU(s) are visible, wanted none, because the "
-            "CPU platform would leave them unused: unset MEGATRON_LAEP_PLATFORM to train on them, hide them with "
-            "CUDA_VISIBLE_DEVICES=\"\", or insist with MEGATRON_LAEP_PLATFORM=cpu-force"
+            f"megatron_laep.cpu.enable(): {torch.cuda.device_count()} GPU(s) are visible, wanted "
+            "none, because the "
+            "CPU platform would leave them unused: unset MEGATRON_LAEP_PLATFORM to train on them, "
+            "hide them with "
+            'CUDA_VISIBLE_DEVICES="", or insist with MEGATRON_LAEP_PLATFORM=cpu-force'
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Devices: "cuda" means the CPU
 
 
 def _on_cpu(device: Any) -> Any:
-    """`device` if it names something else than a GPU, else the CPU. An integer is the index of a GPU."""
+    """The CPU in the place of a GPU, named or as an index; any other `device` unchanged."""
     if isinstance(device, torch.device):
         return _CPU if device.type == "cuda" else device
     if isinstance(device, str):
@@ -90,17 +97,33 @@ def _patch_devices() -> None:
     """
     from torch.utils import _device
 
-    # torch keeps this set of constructors for `with torch.device(...)`; it has to hold the functions that the
-    # dispatcher sees, so it must be filled (it is cached) before they are wrapped.
+    # torch keeps this set of constructors for `with torch.device(...)`; it has to hold the
+    # functions that the dispatcher sees, so it must be filled (it is cached) before they are
+    # wrapped.
     constructors = _device._device_constructors()
-    like = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+    like = (
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+    )
     for namespace in (torch, torch.fft):
         for name in dir(namespace):
             function = getattr(namespace, name)
             if name in like or (callable(function) and _is_member(function, constructors)):
                 setattr(namespace, name, _with_device_keyword(function))
 
-    for name in ("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "new_tensor"):
+    for name in (
+        "new_empty",
+        "new_empty_strided",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+    ):
         setattr(torch.Tensor, name, _with_device_keyword(getattr(torch.Tensor, name)))
 
     tensor_to = torch.Tensor.to
@@ -133,7 +156,7 @@ def _is_member(function: Any, functions: set) -> bool:
         return False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tensors and modules
 
 
@@ -153,7 +176,8 @@ def _patch_tensors() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
         return tensor_type(self, dtype, *args, **kwargs)
 
-    # The optimizers sort parameters by this string: 'torch.cuda.FloatTensor', HalfTensor, BFloat16Tensor.
+    # The optimizers sort parameters by this string: 'torch.cuda.FloatTensor', HalfTensor,
+    # BFloat16Tensor.
     torch.Tensor.type = type_
     # The MoE token dispatcher turns split sizes into Python integers only if they come from a GPU.
     torch.Tensor.is_cuda = property(lambda self: self.device.type == "cpu")
@@ -166,7 +190,7 @@ def _patch_tensors() -> None:
     torch.Tensor.pin_memory = _same_object
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torch.cuda
 
 
@@ -197,7 +221,7 @@ class _Stream:
 
 
 class _Event:
-    """An event on such a stream: it keeps the time at which it was recorded, which is when the work was done."""
+    """An event on such a stream: it keeps the time of its recording, when all work was done."""
 
     def __init__(self, enable_timing: bool = False, **kwargs: Any) -> None:
         self._recorded_at = 0.0
@@ -231,7 +255,8 @@ def _patch_cuda() -> None:
     stream = _Stream()
     generator = torch.default_generator
 
-    # Start-up: `initialize_megatron` asserts a GPU and counts them; its RNG tracker queues calls until CUDA is up.
+    # Start-up: `initialize_megatron` asserts a GPU and counts them; its RNG tracker queues calls
+    # until CUDA is up.
     cuda.is_available = lambda: True
     cuda.is_initialized = lambda: True
     cuda.device_count = lambda: 1
@@ -264,38 +289,37 @@ def _patch_cuda() -> None:
 
     # Memory reports of the training loop.
     cuda.empty_cache = _nothing
-    cuda.reset_peak_memory_stats = _nothing
     cuda.memory_stats = lambda device=None: defaultdict(int)
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+    for name in (
+        "memory_allocated",
+        "memory_reserved",
+        "max_memory_allocated",
+        "max_memory_reserved",
+    ):
         setattr(cuda, name, _zero)
     cuda.device_memory_used = _zero
 
-    # Random numbers: the GPU's generator is the CPU's, in the tracker, in checkpoints, in activation recompute.
-    # Not torch.manual_seed, which would call back.
+    # Random numbers: the GPU's generator is the CPU's, in the tracker, in checkpoints, in
+    # activation recompute. Not torch.manual_seed, which would call back.
     cuda.default_generators = (generator,)
     for module in (cuda, cuda.random):
         module.manual_seed = lambda seed: generator.manual_seed(int(seed))
         module.manual_seed_all = module.manual_seed
-        module.seed = lambda: generator.seed()
-        module.seed_all = module.seed
-        module.initial_seed = lambda: generator.initial_seed()
         module.get_rng_state = lambda device="cuda": generator.get_state()
-        module.get_rng_state_all = lambda: [generator.get_state()]
-        module.set_rng_state = lambda state, device="cuda": generator.set_state(state)
-        module.set_rng_state_all = lambda states: generator.set_state(list(states)[0])
+        module.set_rng_state = lambda new_state, device="cuda": generator.set_state(new_state)
 
     # Ranges for the profiler, set around every module's forward.
     cuda.nvtx.range_push = _nothing
     cuda.nvtx.range_pop = _nothing
-    cuda.nvtx.mark = _nothing
     cuda.nvtx.range = lambda message, *args, **kwargs: contextlib.nullcontext()
 
 
 def _patch_compiler() -> None:
     """``torch.compile`` hands its function back.
 
-    Needed by: `megatron.core.jit`, which makes it the default "fuser" at import; ``--disable-jit-fuser`` comes too
-    late for the functions that are decorated at import, and each would cost minutes in the C++ compiler.
+    Needed by: `megatron.core.jit`, which makes it the default "fuser" at import;
+    ``--disable-jit-fuser`` comes too late for the functions that are decorated at import, and each
+    would cost minutes in the C++ compiler.
     """
 
     def compile_(model: Callable | None = None, **kwargs: Any) -> Callable:
@@ -307,20 +331,25 @@ def _patch_compiler() -> None:
 def _patch_accelerator() -> None:
     """There is no accelerator, although ``torch.cuda.is_available()`` now says so.
 
-    Needed by: every ``torch.optim`` step, which would otherwise ask the GPU's current stream whether it is captured;
-    data loaders, which would pin memory; `torch.distributed.checkpoint`.
+    Needed by: every ``torch.optim`` step, which would otherwise ask the GPU's current stream
+    whether it is captured; data loaders, which would pin memory; `torch.distributed.checkpoint`.
     """
     torch.accelerator.is_available = lambda: False
     torch.accelerator.current_accelerator = lambda check_available=False: None
     torch.accelerator.device_count = lambda: 0
     # For callers that ask without looking for an accelerator first.
-    torch.accelerator.current_stream = lambda device=None: SimpleNamespace(is_capturing=lambda: False)
+    torch.accelerator.current_stream = lambda device=None: SimpleNamespace(
+        is_capturing=lambda: False
+    )
 
 
 def patch_torch() -> None:
-    """Replace what Megatron uses of CUDA in torch. Process-wide; to be called once, before Megatron is imported."""
-    # Every torch.optim optimizer imports it anyway, and it makes a table of torch's functions by name and identity: it
-    # has to see the originals.
+    """Replace what Megatron uses of CUDA in torch, before it is imported.
+
+    Process-wide; to be called once.
+    """
+    # Every torch.optim optimizer imports it anyway, and it makes a table of torch's functions by
+    # name and identity: it has to see the originals.
     import torch._dynamo  # noqa: F401
 
     _patch_devices()
@@ -331,32 +360,37 @@ def patch_torch() -> None:
     # Megatron wants it set for tensor parallelism; on the CPU there is one queue anyway.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "OMP_NUM_THREADS" not in os.environ:
-        # Several processes share the cores: more threads in each are slower, and sums would depend on their number.
+        # Several processes share the cores: more threads in each are slower, and sums would depend
+        # on their number.
         torch.set_num_threads(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Megatron
 
 
 class _SharedGeneratorFilter(logging.Filter):
-    """Drops the tracker's warning that a GPU draw moved the CPU's generator: here both are the same one."""
+    """Drops the tracker's warning that a GPU draw moved the CPU's generator: they are one here."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 def patch_megatron() -> None:
-    """Import the Megatron modules that need more than a patched torch, and change them. Process-wide.
+    """Import the Megatron modules that need more than a patched torch, and change them.
+
+    Process-wide; to be called once.
 
     Raises:
-        ValueError: Megatron, or psutil, is not installed; or a symbol is not where Megatron-Core 0.19 has it.
+        ValueError: Megatron, or psutil, is not installed; or a symbol is not where Megatron-Core
+            0.19 has it.
     """
     try:
         import psutil  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "megatron_laep.cpu.enable(): psutil is not installed, and Megatron needs it to save torch_dist "
+            "megatron_laep.cpu.enable(): psutil is not installed, and Megatron needs it to save "
+            "torch_dist "
             "checkpoints: pip install psutil"
         ) from error
     try:
@@ -372,9 +406,11 @@ def patch_megatron() -> None:
     from megatron_laep.cpu import norm
     from megatron_laep.cpu.fused_adam import FusedAdam
 
-    # The wheel ships the compiled helper and no Makefile: `initialize_megatron` would exit when `make` fails.
+    # The wheel ships the compiled helper and no Makefile: `initialize_megatron` would exit when
+    # `make` fails.
     _replace(dataset_utils, "compile_helpers", _nothing)
-    # torch's AdamW keeps `step` beside each parameter, where a distributed optimizer's checkpoint has no place.
+    # torch's AdamW keeps `step` beside each parameter, where a distributed optimizer's checkpoint
+    # has no place.
     _replace(optimizer, "Adam", FusedAdam)
     _replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
     _replace(distrib_optimizer, "Adam", FusedAdam)
@@ -382,14 +418,17 @@ def patch_megatron() -> None:
     _replace(distrib_optimizer, "USING_TE_OPTIMIZER", True)
     logging.getLogger(tracker.__name__).addFilter(_SharedGeneratorFilter())
     norm.install()
-    logger.info("event=cpu_platform_enabled torch=%s threads=%d", torch.__version__, torch.get_num_threads())
+    logger.info(
+        "event=cpu_platform_enabled torch=%s threads=%d", torch.__version__, torch.get_num_threads()
+    )
 
 
 def _replace(module: Any, name: str, value: Any) -> None:
     """Set ``module.name``, which must exist: a symbol that has moved must not go unnoticed."""
     if not hasattr(module, name):
         raise ValueError(
-            f"megatron_laep.cpu.enable(): {module.__name__} has no {name!r}, which Megatron-Core 0.19 has: "
+            f"megatron_laep.cpu.enable(): {module.__name__} has no {name!r}, which Megatron-Core "
+            "0.19 has: "
             "install megatron-core>=0.19,<0.20"
         )
     setattr(module, name, value)
