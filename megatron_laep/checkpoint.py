@@ -40,16 +40,20 @@ APPLIED = "applied"
 _RECORD_VERSION = 1
 
 
-class PrunedCheckpoint_relaunch_with_python_m_megatron_laep:  # noqa: N801
+class PrunedCheckpoint:
     """Holds the record of an applied map, so that only this package can open the checkpoint.
 
-    Megatron reads the common state of a checkpoint with ``weights_only=True`` before it reads
-    any tensor. A class that nobody has allowed stops it there, with an error that shows the class's
-    name: the only text that stock Megatron will show a user, hence the name.
+    Megatron unpickles the common state of a checkpoint before it reads any tensor. This value comes
+    back through ``relaunch_with_python_m_megatron_laep``, which refuses in a process that has not
+    called ``allow_pruned_checkpoints``. A process without this package stops at the missing module, one
+    that unpickles with ``weights_only`` at the function's name.
     """
 
     def __init__(self, record: dict) -> None:
         self.record = record
+
+    def __reduce__(self):
+        return relaunch_with_python_m_megatron_laep, (self.record,)
 
     def __eq__(self, other: object) -> bool:
         # Megatron checks that the common state is the same on all ranks.
@@ -58,12 +62,25 @@ class PrunedCheckpoint_relaunch_with_python_m_megatron_laep:  # noqa: N801
     __hash__ = None
 
 
-PrunedCheckpoint = PrunedCheckpoint_relaunch_with_python_m_megatron_laep
+_pruned_checkpoints_allowed = False
 
 
-def allow_pruned_checkpoints() -> None:
-    """Lets this process open checkpoints with an applied map."""
-    torch.serialization.add_safe_globals([PrunedCheckpoint])
+def relaunch_with_python_m_megatron_laep(record: dict) -> PrunedCheckpoint:
+    """Unpickles a ``PrunedCheckpoint``; see there for the name."""
+    if not _pruned_checkpoints_allowed:
+        raise ValueError(
+            "this checkpoint was pruned by LAEP: its layers have other numbers of experts than "
+            "--num-experts says, and only megatron_laep knows which. Start the same command with "
+            "'-m megatron_laep' before the script (or call megatron_laep.install() in it)"
+        )
+    return PrunedCheckpoint(record)
+
+
+def allow_pruned_checkpoints(allowed: bool = True) -> None:
+    """Whether this process may open checkpoints with an applied map."""
+    global _pruned_checkpoints_allowed
+    _pruned_checkpoints_allowed = allowed
+    torch.serialization.add_safe_globals([relaunch_with_python_m_megatron_laep])
 
 
 @dataclass(frozen=True)

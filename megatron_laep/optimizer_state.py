@@ -26,8 +26,8 @@ def adapt_common_state(saved: dict, wanted: dict) -> dict:
         ``saved`` itself where the nesting is the same; else a new value.
 
     Raises:
-        ValueError: the checkpoint's format cannot be renested; a parameter group of the job has no counterpart in the checkpoint, or two that
-            disagree.
+        ValueError: the checkpoint's format cannot be renested; a parameter group of the job has no
+            counterpart in the checkpoint, or two that disagree.
     """
     saved_parts, wanted_parts = _parts(saved), _parts(wanted)
     if len(saved_parts) == len(wanted_parts):

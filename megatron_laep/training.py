@@ -75,6 +75,7 @@ def install(config: LaepConfig | None = None) -> None:
 def uninstall() -> None:
     """Takes the hooks out again. Models that were built meanwhile keep their layers."""
     _session.hooks.undo()
+    allow_pruned_checkpoints(False)
     _session.config = None
     _session.job = None
 

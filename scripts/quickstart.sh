@@ -87,7 +87,8 @@ train() {
     if [ -s "$checkpoint" ]; then
         say "training: continuing from iteration $(cat "$checkpoint") of $iterations"
     else
-        say "training: $iterations iterations on two processes, pruning after $prune_iteration"
+        say "training: $iterations iterations on two processes, pruning after $prune_iteration;" \
+            "all output goes to $run_dir/train.log"
         # A log without a checkpoint is of a run that was stopped before its first one.
         rm -f "$run_dir/train.log"
     fi
@@ -108,7 +109,8 @@ train() {
     # torch.distributed.run is torchrun: started as a module it is surely the environment's own.
     "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
         -m megatron_laep "$REPOSITORY/scripts/pretrain_gpt.py" \
-        "${config_flags[@]}" "${run_flags[@]}" </dev/null 2>&1 | tee -a "$run_dir/train.log" ||
+        "${config_flags[@]}" "${run_flags[@]}" </dev/null 2>&1 |
+        "$VENV_PYTHON" "$REPOSITORY/scripts/follow_log.py" "$run_dir/train.log" ||
         fail "the training ended with an error: see above, or $run_dir/train.log. A second start" \
             "continues from the last checkpoint."
     touch "$run_dir/quickstart.finished"

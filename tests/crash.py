@@ -1,0 +1,65 @@
+"""The launcher, with a kill -9 of this rank at a chosen point: python tests/crash.py SCRIPT ARGS.
+
+CRASH_AT names the point; every rank kills itself when it gets there, and `run_megatron` kills whoever is left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from megatron_laep import cpu
+
+
+def _die(*_args, **_kwargs):
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _after(function):
+    def then_die(*args, **kwargs):
+        function(*args, **kwargs)
+        _die()
+
+    return then_die
+
+
+if __name__ == "__main__":
+    cpu.enable()
+    from megatron.core import dist_checkpointing
+    from megatron.training import training as loop
+
+    from megatron_laep import training
+    from megatron_laep.__main__ import main
+    from megatron_laep.job import Job
+
+    point = os.environ["CRASH_AT"]
+    if point == "before the checkpoint is complete":
+        # Every tensor is written; the tracker file still names the checkpoint before.
+        prune, save = Job.prune, dist_checkpointing.save
+
+        def prune_and_die_in_save(self, *args, **kwargs):
+            dist_checkpointing.save = _after(save)
+            return prune(self, *args, **kwargs)
+
+        Job.prune = prune_and_die_in_save
+    elif point == "after the checkpoint is complete":
+        Job.prune = _after(Job.prune)
+    elif point == "during the rebuild":
+        # The groups are new, the smaller model is about to be built.
+        training.set_layer_counts = _die
+    elif point == "after the first ordinary save":
+        # Looked up by name in Megatron's module, so the save that Job.prune asks for passes by here as well.
+        save_and_time = loop.save_checkpoint_and_time
+
+        def save_and_die(iteration, *args, **kwargs):
+            save_and_time(iteration, *args, **kwargs)
+            if iteration == int(os.environ["CRASH_ITERATION"]):
+                _die()
+
+        loop.save_checkpoint_and_time = save_and_die
+    else:
+        raise ValueError(f"CRASH_AT {point!r}: no such point")
+    sys.argv[0] = "megatron_laep"
+    main()

@@ -1,0 +1,37 @@
+"""Stock Megatron with experts masked out: python tests/masked.py SCRIPT ARGS.
+
+MASK names an expert map's JSON file. Nothing is pruned: the router's logits of the experts that the map drops are
+minus infinity, so that no token is ever routed to them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from megatron_laep import cpu
+
+if __name__ == "__main__":
+    cpu.enable()
+    import torch
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    layers = json.loads(Path(os.environ["MASK"]).read_text())["layers"]
+    pruned = {
+        layer["layer_number"]: sorted(set(range(layer["experts_before"])) - set(layer["kept"]))
+        for layer in layers
+    }
+    gating = TopKRouter.gating
+
+    def masked_gating(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = gating(self, tokens)
+        mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
+        mask[pruned[self.layer_number]] = True
+        return logits.masked_fill(mask, float("-inf"))
+
+    TopKRouter.gating = masked_gating
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,189 @@
+"""A pruning from end to end on the stock loop: oracles 2 and 4, crash and relaunch, and what refuses the result.
+
+One reference run prunes inside the job; everything else is compared with it, losses to the last bit.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from distributed import LAEP, ON_CPU, TESTS, RunResult, run_megatron, tiny_arguments
+from megatron_laep import ExpertMap
+
+# Saves at 4 (inside the window of iterations 3 to 6), 6 (the pruning), 8 and 12.
+ITERATIONS, WINDOW, PRUNE, SAVE_INTERVAL = 14, 4, 6, 4
+CRASH = (str(TESTS / "crash.py"),)
+MASKED = (str(TESTS / "masked.py"),)
+
+
+def stock_flags(folder: Path, **more) -> list[str]:
+    # Top-1 for the reason given in test_permutation; the masked run's gradients have the same terms anyhow.
+    return tiny_arguments(
+        **{
+            "expert_model_parallel_size": 2,
+            # What real jobs use. (In fp32, stock Megatron 0.19.2 cannot resume its default optimizer format.)
+            "bf16": True,
+            "moe_router_dtype": "fp32",
+            "use_distributed_optimizer": True,
+            "moe_router_topk": 1,
+            "moe_router_score_function": "sigmoid",
+            "train_iters": ITERATIONS,
+            "lr_decay_iters": 2 * ITERATIONS,
+            "clip_grad": 100.0,
+            "save": folder,
+            "load": folder,
+            "save_interval": SAVE_INTERVAL,
+            "seed": 4,
+            **more,
+        }
+    )
+
+
+def flags(folder: Path, **more) -> list[str]:
+    return stock_flags(
+        folder,
+        **{
+            "laep_prune_iteration": PRUNE,
+            "laep_window": WINDOW,
+            "laep_alpha": 1.0,
+            "laep_beta": 0.5,
+            **more,
+        },
+    )
+
+
+def pending_copy(folder: Path, run: "Pruned") -> Path:
+    """A folder whose latest checkpoint is the one with the pending map, as if the job had been killed right then."""
+    folder.mkdir()
+    name = f"iter_{PRUNE:07d}"
+    shutil.copytree(run.folder / name, folder / name)
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(PRUNE))
+    return folder
+
+
+@dataclass
+class Pruned:
+    folder: Path
+    result: RunResult
+    expert_map: ExpertMap
+
+    def assert_continues(self, result: RunResult, after: int) -> None:
+        assert set(result.exact) == set(range(after + 1, ITERATIONS + 1))
+        assert result.exact == {i: self.result.exact[i] for i in result.exact}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Pruned:
+    folder = tmp_path_factory.mktemp("pruned")
+    result = run_megatron(flags(folder), 2, launcher=LAEP, timeout=240)
+    text = (folder / "laep" / f"iter_{PRUNE:07d}" / "map.json").read_text()
+    return Pruned(folder, result, ExpertMap.from_json(text))
+
+
+def test_it_prunes(run) -> None:
+    assert sum(layer.experts_after for layer in run.expert_map.layers) < 4 * 8
+    assert len({layer.experts_after for layer in run.expert_map.layers}) > 1, "want uneven layers"
+    assert list(run.result.exact) == list(range(1, ITERATIONS + 1))
+    assert "event=old_model_alive" not in run.result.output
+
+
+def test_what_the_user_sees(run) -> None:
+    log = run.result.logs[0]
+    for event in ("window_closed", "planned", "committed", "tear_down", "load_through_map", "load"):
+        assert f"laep event={event} " in log
+    assert "busiest rank" in log and "memory freed per rank" in log
+    files = run.folder / "laep" / f"iter_{PRUNE:07d}"
+    table = json.loads((files / "table.json").read_text())
+    loads = json.loads((files / "loads.json").read_text())
+    assert table["experts_after"] == sum(layer.experts_after for layer in run.expert_map.layers)
+    tokens = WINDOW * 8 * 64  # iterations x global batch x sequence, top-1
+    assert [sum(row) for row in loads["tokens"]] == [tokens] * 4
+    assert [list(layer.loads) for layer in run.expert_map.layers] == loads["tokens"]
+
+
+def test_pruned_equals_masked(run, tmp_path) -> None:
+    """Oracle 2. The pending checkpoint is an ordinary one: stock Megatron opens it as the full model."""
+    folder = pending_copy(tmp_path / "masked", run)
+    map_file = run.folder / "laep" / f"iter_{PRUNE:07d}" / "map.json"
+    masked = run_megatron(
+        stock_flags(folder), 2, launcher=MASKED, env={"MASK": str(map_file)}, timeout=240
+    )
+    assert set(masked.exact) == set(range(PRUNE + 1, ITERATIONS + 1))
+    for iteration, (loss, norm) in masked.exact.items():
+        pruned_loss, pruned_norm = run.result.exact[iteration]
+        assert loss == pruned_loss
+        # The same squares and some zeros, summed in another order.
+        assert math.isclose(
+            float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24
+        )
+
+
+@pytest.mark.parametrize(
+    ("point", "resumes_after"),
+    [
+        ("before the checkpoint is complete", SAVE_INTERVAL),
+        ("after the checkpoint is complete", PRUNE),
+        ("during the rebuild", PRUNE),
+        ("after the first ordinary save", 2 * SAVE_INTERVAL),
+    ],
+)
+def test_killed_and_relaunched_with_the_same_command(run, tmp_path, point, resumes_after) -> None:
+    """Oracle 4."""
+    killed = run_megatron(
+        flags(tmp_path),
+        2,
+        launcher=CRASH,
+        env={"CRASH_AT": point, "CRASH_ITERATION": str(2 * SAVE_INTERVAL)},
+        check=False,
+        timeout=240,
+    )
+    assert -9 in killed.returncodes and not killed.timed_out, killed.tail()
+    relaunched = run_megatron(flags(tmp_path), 2, launcher=LAEP, timeout=240)
+    run.assert_continues(relaunched, after=resumes_after)
+    map_file = tmp_path / "laep" / f"iter_{PRUNE:07d}" / "map.json"
+    assert ExpertMap.from_json(map_file.read_text()) == run.expert_map
+
+
+def test_exit_after_prune_and_relaunch(run, tmp_path) -> None:
+    first = run_megatron(flags(tmp_path, laep_exit_after_prune=True), 2, launcher=LAEP, timeout=240)
+    assert first.returncodes == [0, 0]
+    assert max(first.exact) == PRUNE
+    second = run_megatron(
+        flags(tmp_path, laep_exit_after_prune=True), 2, launcher=LAEP, timeout=240
+    )
+    run.assert_continues(second, after=PRUNE)
+
+
+def test_a_pruned_checkpoint_does_not_open_without_the_launcher(run) -> None:
+    result = run_megatron(
+        stock_flags(run.folder, save=None, save_interval=None), 2, launcher=ON_CPU, check=False
+    )
+    assert not result.ok and not result.exact
+    for log in result.logs:
+        assert "this checkpoint was pruned by LAEP" in log and "'-m megatron_laep'" in log
+
+
+def test_a_pruned_checkpoint_opens_without_laep_flags(run) -> None:
+    result = run_megatron(
+        stock_flags(run.folder, save=None, save_interval=None, train_iters=ITERATIONS + 2),
+        2,
+        launcher=LAEP,
+    )
+    assert set(result.exact) == {ITERATIONS + 1, ITERATIONS + 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 16}, "pruned from --num-experts 8, got --num-experts 16"),
+        ({"laep_prune_iteration": 9}, "was pruned at iteration 6, but --laep-prune-iteration is 9"),
+    ],
+)
+def test_a_pruned_checkpoint_does_not_open_in_another_model(run, change, message) -> None:
+    result = run_megatron(flags(run.folder, **change), 2, launcher=LAEP, check=False)
+    assert not result.ok and not result.exact
+    for log in result.logs:
+        assert message in log
