@@ -11,123 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
+
+from megatron_laep.training_log import (
+    TrainingLog,
+    mean_between,
+    median_milliseconds,
+    parse_log,
+)
 
 LOG_NAME = "train.log"
 TABLE_PATTERN = "laep/iter_*/table.json"
 # Losses and loads are noisy from one line of the log to the next: each figure is a mean over so
 # many iterations, fewer where the run has not got as many.
 WINDOW = 20
-
-_NUMBER = r"[-+]?[\d.]+(?:[eE][-+]?\d+)?"
-_ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
-_LOAD = re.compile(
-    rf"\blaep event=load iteration=(\d+) imbalance_mean=({_NUMBER}) .*dead_experts=(\d+)/\d+"
-)
-_VALIDATION = re.compile(
-    rf"validation loss at iteration (\d+)(?: on validation set)? \| lm loss value: ({_NUMBER}) \| "
-    rf"lm loss PPL: ({_NUMBER})"
-)
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """One line of Megatron's log. It stands for the iterations since the line before it.
-
-    iteration: the last of these iterations, 1-based.
-    milliseconds: mean time of an iteration. loss: mean language-model loss; None if the line has
-    none (all its iterations were skipped).
-    """
-
-    iteration: int
-    milliseconds: float
-    loss: float | None
-
-
-@dataclass(frozen=True)
-class LoadLine:
-    """One line on the experts' loads, over the iterations since the line before it.
-
-    imbalance: busiest expert-parallel rank / mean of the ranks, mean of the layers.
-    dead_experts: experts of all layers without a token.
-    """
-
-    iteration: int
-    imbalance: float
-    dead_experts: int
-
-
-@dataclass(frozen=True)
-class TrainingLog:
-    """What a run printed. Lines are sorted by iteration, one for each iteration number.
-
-    loads: empty if the run did not log them.
-    validation: (iteration, loss, perplexity) of the last validation; None if there was none.
-    """
-
-    lines: tuple[LogLine, ...]
-    loads: tuple[LoadLine, ...]
-    train_iterations: int
-    validation: tuple[int, float, float] | None
-
-
-def parse_log(text: str) -> TrainingLog:
-    """Reads the output of Megatron's training loop.
-
-    A run that was continued from a checkpoint prints some iterations twice: the later line counts.
-    Errors: ValueError if there is no line of an iteration.
-    """
-    lines: dict[int, LogLine] = {}
-    loads: dict[int, LoadLine] = {}
-    train_iterations = 0
-    validation = None
-    for text_line in text.splitlines():
-        if match := _VALIDATION.search(text_line):
-            validation = (int(match[1]), float(match[2]), float(match[3]))
-        elif match := _LOAD.search(text_line):
-            loads[int(match[1])] = LoadLine(int(match[1]), float(match[2]), int(match[3]))
-        elif match := _ITERATION.search(text_line):
-            parts = (part.rpartition(":") for part in match[3].split("|"))
-            fields = {name.strip(): value for name, _, value in parts}
-            loss = fields.get("lm loss")
-            iteration, train_iterations = int(match[1]), int(match[2])
-            lines[iteration] = LogLine(
-                iteration=iteration,
-                milliseconds=float(fields["elapsed time per iteration (ms)"]),
-                loss=None if loss is None else float(loss),
-            )
-    if not lines:
-        raise ValueError(
-            "the log has no line of the form 'iteration  10/  300 | ...': the training stopped "
-            "before its first iteration, or the file is not the output of Megatron's loop"
-        )
-    return TrainingLog(
-        lines=tuple(lines[i] for i in sorted(lines)),
-        loads=tuple(loads[i] for i in sorted(loads)),
-        train_iterations=train_iterations,
-        validation=validation,
-    )
-
-
-def median_milliseconds(lines: Sequence[LogLine]) -> float | None:
-    """Median iteration time. The first line is left out: it pays for start-up or the rebuild."""
-    return statistics.median(line.milliseconds for line in lines[1:]) if len(lines) > 1 else None
-
-
-def mean_between(
-    lines: Sequence[LogLine] | Sequence[LoadLine], name: str, first: int, last: int
-) -> float | None:
-    """Mean of an attribute over the lines with first < iteration <= last; None without any."""
-    values = [getattr(line, name) for line in lines if first < line.iteration <= last]
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def summarize_run(log: TrainingLog, table: dict) -> str:

@@ -1,7 +1,7 @@
 """scripts/summarize_run.py on a log in Megatron's format and a table made by the package itself."""
 
 import json
-import runpy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +10,10 @@ import pytest
 
 from megatron_laep.expert_map import ExpertMap, LayerMap
 from megatron_laep.summary import ModelSize, summarize
+from megatron_laep.training_log import parse_log
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "summarize_run.py"
-summary_script = runpy.run_path(str(SCRIPT), run_name="summarize_run")
-parse_log = summary_script["parse_log"]
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "summarize_run.py"
 
 
 def line(iteration: int, milliseconds: float, loss: float | None) -> str:
@@ -79,6 +79,7 @@ def make_run(folder: Path, log: str = LOG) -> Path:
 def run_script(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
