@@ -115,12 +115,12 @@ class PruningSummary:
                 ("tokens re-routed", f"{_fixed(self.tokens_rerouted_percent, 2)} %"),
                 (
                     "parameters",
-                    f"{_scaled(self.parameters_before)} -> {_scaled(self.parameters_after)} "
+                    f"{scaled(self.parameters_before)} -> {scaled(self.parameters_after)} "
                     f"(-{self.parameters_removed_percent:.1f} %)",
                 ),
                 (
                     "memory freed per rank",
-                    f"{_binary(self.memory_freed_bytes_per_rank)} (mean over the ranks)",
+                    f"{binary(self.memory_freed_bytes_per_rank)} (mean over the ranks)",
                 ),
             ],
             tablefmt="plain",
@@ -204,7 +204,7 @@ def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _scaled(number: int) -> str:
+def scaled(number: int) -> str:
     """Parameters in units of thousand, million or billion (B also beyond: 1515.0 B)."""
     for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= factor:
@@ -212,7 +212,7 @@ def _scaled(number: int) -> str:
     return str(number)
 
 
-def _binary(number: float) -> str:
+def binary(number: float) -> str:
     """Bytes in KiB, MiB or GiB; negative if a rank holds more than before."""
     for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(number) >= factor:

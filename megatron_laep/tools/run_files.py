@@ -1,0 +1,144 @@
+"""The files of a finished or running job, read and checked: prunings and the training log.
+
+Under `report_data`, which makes the report's value of them. A file that is missing, damaged or of
+another pruning is refused with a sentence that names it.
+
+Shape suffixes: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_laep.expert_map import ExpertMap, compose
+from megatron_laep.pruning import checked_loads
+from megatron_laep.summary import LayerRow, PruningSummary
+from megatron_laep.tools.load_history import read_json
+from megatron_laep.training_log import TrainingLog, parse_log
+
+LOG_NAME = "train.log"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One `laep/iter_*` folder. tokens_LE: what the job counted in the window before it."""
+
+    folder: str
+    expert_map: ExpertMap
+    table: dict
+    window: int
+    tokens_LE: tuple[np.ndarray, ...]
+
+
+def read_prunings(run_dir: Path) -> list[Pruning]:
+    """The prunings of a run, first one first. Errors: ValueError that names the file."""
+    prunings = []
+    for folder in sorted(run_dir.glob("laep/iter_*")):
+        contents = {}
+        for name in ("map.json", "loads.json", "table.json"):
+            path = folder / name
+            if not path.is_file():
+                raise ValueError(
+                    f"{path} does not exist: the job writes it when it prunes; restore it, or move "
+                    f"{folder} away if that pruning was abandoned"
+                )
+            try:
+                contents[name] = read_json(path)
+                if name == "map.json":
+                    expert_map = ExpertMap.from_dict(contents[name])
+                elif name == "loads.json":
+                    tokens_LE = _checked_decision_loads(contents[name], expert_map)
+                else:
+                    _check_table(contents[name], expert_map)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        prunings.append(
+            Pruning(
+                folder=folder.relative_to(run_dir).as_posix(),
+                expert_map=expert_map,
+                table=contents["table.json"],
+                window=contents["loads.json"]["window"],
+                tokens_LE=tokens_LE,
+            )
+        )
+        try:
+            _composed(prunings)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / 'map.json'} does not follow {prunings[-2].folder}/map.json: {error}"
+            ) from None
+    return prunings
+
+
+def _composed(prunings: Sequence[Pruning]) -> ExpertMap:
+    """The one map that does what all prunings did, one after the other."""
+    expert_map = prunings[0].expert_map
+    for pruning in prunings[1:]:
+        expert_map = compose(expert_map, pruning.expert_map)
+    return expert_map
+
+
+def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.ndarray, ...]:
+    fields = ("iteration", "window", "layer_numbers", "tokens")
+    if not isinstance(data, dict) or any(name not in data for name in fields):
+        raise ValueError(f"it must be an object with the fields {', '.join(fields)}")
+    if type(data["window"]) is not int or not isinstance(data["tokens"], list):
+        raise ValueError("window must be an integer and tokens a list")
+    if data["layer_numbers"] != list(expert_map.layer_numbers):
+        raise ValueError(
+            f"it has layers {data['layer_numbers']}, map.json {list(expert_map.layer_numbers)}: "
+            "they are of different models"
+        )
+    if len(data["tokens"]) != len(expert_map.layers):
+        raise ValueError(
+            f"it has tokens of {len(data['tokens'])} layers for {len(expert_map.layers)}: the file "
+            "is incomplete"
+        )
+    checked = []
+    for loads_E, layer in zip(data["tokens"], expert_map.layers, strict=True):
+        try:
+            loads = checked_loads(loads_E)
+        except ValueError as error:
+            raise ValueError(f"layer {layer.layer_number}: {error}") from None
+        if loads.size != layer.experts_before:
+            raise ValueError(
+                f"layer {layer.layer_number} has {loads.size} loads, map.json says "
+                f"{layer.experts_before} experts: they are of different models"
+            )
+        checked.append(loads)
+    return tuple(checked)
+
+
+def _check_table(data: object, expert_map: ExpertMap) -> None:
+    wanted = [field.name for field in dataclasses.fields(PruningSummary)]
+    if not isinstance(data, dict) or any(name not in data for name in wanted):
+        raise ValueError(f"it must be an object with the fields {', '.join(wanted)}")
+    if data["expert_map_hash"] != expert_map.hash:
+        raise ValueError(
+            f"it was made for the map {str(data['expert_map_hash'])[:12]}, map.json is "
+            f"{expert_map.hash[:12]}: the files are of different prunings"
+        )
+    row_fields = {field.name for field in dataclasses.fields(LayerRow)}
+    rows = data["rows"]
+    if not isinstance(rows, list) or any(set(row) != row_fields for row in rows):
+        raise ValueError(f"each of its rows must have the fields {', '.join(sorted(row_fields))}")
+    if [row["layer_number"] for row in rows] != list(expert_map.layer_numbers):
+        raise ValueError("its rows are not the layers of map.json: the file is incomplete")
+
+
+def read_log(run_dir: Path, given: Path | None) -> TrainingLog | None:
+    """The log of a run, or the one given in its stead; None if the run has none. ValueError."""
+    path = run_dir / LOG_NAME if given is None else given
+    if not path.is_file():
+        if given is None:
+            return None
+        raise ValueError(f"{path} does not exist: give the file that the job's output went to")
+    try:
+        return parse_log(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
