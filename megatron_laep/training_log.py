@@ -91,7 +91,8 @@ def parse_log(text: str) -> TrainingLog:
 
     A run that was continued from a checkpoint prints some iterations twice: the later line counts.
     A line that was cut short, as the last one of a killed job, does not count.
-    Errors: ValueError if there is no line of an iteration.
+    Errors: ValueError if there is no line of an iteration, or one whose time or loss is no number
+    (NaN and infinity are, as Python reads them).
     """
     lines: dict[int, LogLine] = {}
     loads: dict[int, LoadLine] = {}
@@ -119,8 +120,8 @@ def parse_log(text: str) -> TrainingLog:
             iteration, train_iterations = int(match[1]), int(match[2])
             lines[iteration] = LogLine(
                 iteration=iteration,
-                milliseconds=float(fields["elapsed time per iteration (ms)"]),
-                loss=None if loss is None else float(loss),
+                milliseconds=_number(fields["elapsed time per iteration (ms)"], row),
+                loss=None if loss is None else _number(loss, row),
                 row=row,
             )
     if not lines:
@@ -136,6 +137,16 @@ def parse_log(text: str) -> TrainingLog:
         events=tuple(events),
         arguments=_first_arguments(text_lines),
     )
+
+
+def _number(text: str, row: int) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"row {row} of the log has {text.strip()!r} where a number belongs: two outputs were "
+            "mixed, or the file was edited; mend or remove the row"
+        ) from None
 
 
 def _first_arguments(text_lines: Sequence[str]) -> dict[str, tuple[str, int]]:

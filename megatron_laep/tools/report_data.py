@@ -23,8 +23,9 @@ from megatron_laep.training_log import TrainingLog, mean_between, median_millise
 
 # Means over so many iterations on either side of a pruning, as in scripts/summarize_run.py.
 MEAN_WINDOW = 20
-# What keeps the page small: cells of the heat map, and lines of the log in a curve.
-MAX_CELLS = 150_000
+# What keeps the page below 6 MB beside Plotly's 4.8: characters of the heat map's windows, and lines
+# of the log in a curve.
+MAX_WINDOW_CHARACTERS = 800_000
 MAX_LOG_LINES = 3000
 # Arguments of the job that the page lists, beside all that start with laep_ or moe_.
 ARGUMENTS = (
@@ -228,7 +229,10 @@ def _shown_windows(history: LoadHistory, prune_iterations: Sequence[int]) -> lis
     """Positions of the windows that the heat map shows: all, or evenly spread ones with the last
     before and the first after each pruning."""
     count = len(history.last_iterations)
-    most = max(2, MAX_CELLS // max(sum(counts) for counts in history.expert_counts))
+    longest = max(
+        sum(len(str(loads_E.tolist())) for loads_E in window) for window in history.tokens
+    )
+    most = max(2, MAX_WINDOW_CHARACTERS // longest)
     if count <= most:
         return list(range(count))
     shown = {round(i * (count - 1) / (most - 1)) for i in range(most)}

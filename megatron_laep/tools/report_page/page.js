@@ -24,9 +24,10 @@
     return Object.assign({
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
-      margin: { l: 60, r: 16, t: 28, b: 44 },
+      margin: { l: 60, r: 16, t: 46, b: 44 },
       hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), font: { color: colour("text") } },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
       showlegend: false,
     }, extra);
   }
@@ -182,7 +183,7 @@
     const history = data.history;
     const windows = history.windows;
     const layers = history.layer_numbers;
-    const FLOOR = 1e-3; // loads below a thousandth of the mean, zero included, have the lowest colour
+    const FLOOR = 1e-2; // loads below a hundredth of the mean, zero included, have the lowest colour
     const slider = byId("heat-slider");
     const view = () => document.querySelector('input[name="heat-view"]:checked').value;
     const position = { time: 0, window: windows.length - 1 };
@@ -232,21 +233,25 @@
     }
 
     function heatTrace(z, text, x, y) {
-      const ticks = [-3, -2, -1, 0, 1, 2];
+      const ticks = [-2, -1, 0, 1];
+      const gap = z[0].length > 80 || z.length > 80 ? 0 : 1;
       return {
-        type: "heatmap", z, text, x, y, hoverinfo: "text", zmin: -2, zmax: 1, colorscale: "Cividis", xgap: z[0].length > 80 ? 0 : 1, ygap: z.length > 80 ? 0 : 1,
+        type: "heatmap", z, text, x, y, hoverinfo: "text", zmin: Math.log10(FLOOR), zmax: 1, colorscale: "Cividis",
+        xgap: gap, ygap: gap,
         hoverongaps: true,
         colorbar: {
           title: { text: "load / mean", side: "right" }, tickvals: ticks, thickness: 14, outlinewidth: 0,
-          ticktext: ["≤ 0.001", "≤ 0.01", "0.1", "1", "≥ 10", "≥ 100"],
+          ticktext: ["≤ 0.01", "0.1", "1", "≥ 10"],
         },
       };
     }
 
-    function crosses(x, y) {
+    // One mark for each [column, row, cell], dark on a light cell and light on a dark one.
+    function crosses(marks) {
       return {
-        type: "scatter", mode: "text", x, y, text: x.map(() => "×"), hoverinfo: "skip",
-        textfont: { color: "#ffffff", size: 13 },
+        type: "scatter", mode: "text", x: marks.map((m) => m[0]), y: marks.map((m) => m[1]),
+        text: marks.map(() => "×"), hoverinfo: "skip",
+        textfont: { color: marks.map((m) => (shade(m[2]) > -0.6 ? "#000000" : "#ffffff")), size: 13 },
       };
     }
 
@@ -261,18 +266,18 @@
       const y = ids.map((_, i) => i);
       const z = ids.map((id) => columns.map((loads) => shade(loads[id])));
       const text = ids.map((id) => columns.map((loads, i) => hover(loads[id], layer, id, i)));
-      const cross = { x: [], y: [] };
+      const marked = [];
       ids.forEach((id, row) => {
         const gone = removedAt(layer, id);
         if (gone === null) return;
         const lastWindow = windows.filter((w) => w.last_iteration <= gone).length - 1;
-        if (lastWindow >= 0) { cross.x.push(lastWindow); cross.y.push(row); }
+        if (lastWindow >= 0) marked.push([lastWindow, row, columns[lastWindow][id]]);
       });
       const every = Math.ceil(windows.length / 12);
       const everyExpert = Math.ceil(ids.length / 34);
       const ticks = x.filter((i) => i % every === 0 || i === windows.length - 1);
       const marks = pruningMarks((iteration) => windows.filter((w) => w.last_iteration <= iteration).length - 0.5);
-      return [[heatTrace(z, text, x, y), crosses(cross.x, cross.y)], Object.assign({
+      return [[heatTrace(z, text, x, y), crosses(marked)], Object.assign({
         xaxis: axis({ title: { text: "window, by its last iteration" }, tickvals: ticks, ticktext: ticks.map((i) => String(windows[i].last_iteration)), showgrid: false, range: [-0.5, windows.length - 0.5] }),
         yaxis: axis({ title: { text: "expert" }, tickvals: y.filter((i) => i % everyExpert === 0), ticktext: ids.filter((_, i) => i % everyExpert === 0).map(String), showgrid: false, range: [-0.5, ids.length - 0.5] }),
       }, marks), Math.min(Math.max(440, 16 * ids.length + 90), 760)];
@@ -286,14 +291,14 @@
       const x = Array.from({ length: width }, (_, i) => i);
       const z = layers.map((_, layer) => x.map((i) => (i < orders[layer].length ? shade(cells[layer][orders[layer][i]]) : null)));
       const text = layers.map((_, layer) => x.map((i) => (i < orders[layer].length ? hover(cells[layer][orders[layer][i]], layer, orders[layer][i], windowIndex) : "")));
-      const cross = { x: [], y: [] };
+      const marked = [];
       layers.forEach((_, layer) => orders[layer].forEach((id, i) => {
-        if (removedAt(layer, id) !== null && cells[layer][id]) { cross.x.push(i); cross.y.push(layer); }
+        if (removedAt(layer, id) !== null && cells[layer][id]) marked.push([i, layer, cells[layer][id]]);
       }));
       const byLoad = byId("heat-order").value === "load";
       const everyLayer = Math.ceil(layers.length / 34);
       const shownLayers = layers.map((_, i) => i).filter((i) => i % everyLayer === 0);
-      return [[heatTrace(z, text, x, layers.map((_, i) => i)), crosses(cross.x, cross.y)], {
+      return [[heatTrace(z, text, x, layers.map((_, i) => i)), crosses(marked)], {
         xaxis: axis({ title: { text: byLoad ? "experts of each layer, least busy first" : "expert" }, showgrid: false, showticklabels: !byLoad, ticks: byLoad ? "" : "outside", range: [-0.5, width - 0.5] }),
         yaxis: axis({ title: { text: "layer" }, tickvals: shownLayers, ticktext: shownLayers.map((i) => String(layers[i])), showgrid: false, range: [layers.length - 0.5, -0.5] }),
       }, Math.min(Math.max(300, 26 * layers.length + 120), 900)];
@@ -382,8 +387,8 @@
       const bar = (name, key, shade, pattern) => ({
         type: "bar", name, x: numbers, y: pruning.layers.map((layer) => layer[key].length),
         marker: { color: pattern ? "rgba(0,0,0,0)" : colour(shade), line: { color: colour(shade), width: numbers.length > 60 ? 0.5 : 1 }, pattern: pattern ? { shape: "/", size: 6, solidity: 0.25, fgcolor: colour(shade), bgcolor: "rgba(0,0,0,0)" } : undefined },
-        text: numbers.length > 24 ? undefined : pruning.layers.map((layer) => String(layer[key].length)), textposition: "auto",
-        textfont: pattern ? { color: colour("text") } : { color: colour("panel") },
+        text: pattern || numbers.length > 24 ? undefined : pruning.layers.map((layer) => `${layer.kept.length} of ${layer.kept.length + layer.pruned.length}`),
+        textposition: "inside", insidetextanchor: "middle", textangle: 0, textfont: { color: colour("panel") },
         hovertemplate: `layer %{x}: %{y} ${name}<extra></extra>`,
       });
       return [[bar("kept", "kept", "before", false), bar("pruned", "pruned", "muted", true)], {
@@ -418,7 +423,7 @@
         const mean = tokens.reduce((a, b) => a + b, 0) / tokens.length;
         return {
           type: "bar", name, x: tokens.map((_, i) => i), y: tokens.map((n) => n / mean), customdata: tokens,
-          text: tokens.length > 16 ? undefined : tokens.map((n) => (n / mean).toFixed(2)), textposition: "auto", textfont: pattern ? { color: colour("text") } : { color: colour("panel") },
+          text: tokens.length > 16 ? undefined : tokens.map((n) => (n / mean).toFixed(2)), textposition: "outside", cliponaxis: false, textfont: { color: colour("text") },
           marker: { color: pattern ? "rgba(0,0,0,0)" : colour(shade), line: { color: colour(shade), width: 1 }, pattern: pattern ? { shape: "\\", size: 6, solidity: 0.25, fgcolor: colour(shade), bgcolor: "rgba(0,0,0,0)" } : undefined },
           hovertemplate: `rank %{x}, ${name}: %{customdata} tokens, %{y:.3f} of the mean<extra></extra>`,
         };
@@ -427,7 +432,7 @@
       return [[bars("before", layer.rank_tokens_before, "before", true), bars("after", layer.rank_tokens_after, "after", false)], {
         showlegend: true, barmode: "group", bargap: most > 8 ? 0.2 : 0.4, xaxis: axis({ title: { text: "expert-parallel rank" }, showgrid: false, dtick: most > 32 ? undefined : 1 }),
         yaxis: axis({ title: { text: "load / mean rank" }, rangemode: "tozero" }),
-        shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, yref: "y", y0: 1, y1: 1, line: { color: colour("text"), width: 1.5, dash: "dot" } }],
+        shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, yref: "y", y0: 1, y1: 1, layer: "below", line: { color: colour("text"), width: 1.5, dash: "dot" } }],
       }, 330];
     }, () => pruning.layers.flatMap((layer) => ["before", "after"].flatMap((when) => layer["rank_tokens_" + when].map((tokens, rank) => ({ layer: layer.layer_number, when, rank, tokens })))));
     select.addEventListener("change", entry.draw);
