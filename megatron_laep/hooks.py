@@ -67,8 +67,11 @@ class HookSet:
                 + "\nSupported: megatron-core >=0.19,<0.20 with megatron.training. Install such a "
                 "version, or run the script without '-m megatron_laep'."
             )
-        for hook, owner, name, original in owners:
-            replacement = hook.make(original)
+        # All are made before the first is set.
+        made = [
+            (owner, name, original, hook.make(original)) for hook, owner, name, original in owners
+        ]
+        for owner, name, original, replacement in made:
             setattr(replacement, _MARKER, True)
             setattr(owner, name, replacement)
             self._undo.append((owner, name, original))

@@ -169,7 +169,13 @@ def _hooks() -> list[Hook]:
 
 def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
-        return laep_config.add_arguments(original(parser))
+        parser = original(parser)
+        for action in parser._actions:
+            # megatron-core 0.19 takes this text from a docstring, with a bare percent sign, on which
+            # argparse fails for --help. Goes away with NVIDIA/Megatron-LM pull request 6211.
+            if "--moe-paged-stash-buffer-size-factor-cuda" in action.option_strings:
+                action.help = action.help.replace("10%)", "10%%)")
+        return laep_config.add_arguments(parser)
 
     return add_megatron_arguments
 

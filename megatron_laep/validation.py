@@ -66,7 +66,7 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "it wants one expert count for all layers; use another type, or none",
         ),
         (
-            args.moe_router_num_groups is not None or args.moe_router_group_topk is not None,
+            args.moe_router_num_groups is not None,
             f"--moe-router-num-groups {args.moe_router_num_groups}",
             "group-limited routing makes its groups of consecutive expert ids, which a renumbering "
             "would mix; route without --moe-router-num-groups and --moe-router-group-topk",
@@ -79,8 +79,8 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
         (
             bool(args.mtp_num_layers),
             f"--mtp-num-layers {args.mtp_num_layers}",
-            "multi-token prediction layers have experts of their own, which would be neither counted "
-            "nor pruned; train without them",
+            "multi-token prediction layers have experts of their own, which would be neither "
+            "counted nor pruned; train without them",
         ),
         (
             args.hybrid_layer_pattern is not None,
@@ -107,7 +107,7 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
         (
             args.gtp_weight_remat_size > 1 or args.expert_gtp_weight_remat_size > 1,
             "--tensor-parallel-num-weight-shards (or --expert-tensor-parallel-num-weight-shards)",
-            "weights that are split further cannot be read through an expert map; leave the flag out",
+            "weights that are split further cannot be read through an expert map; leave it out",
         ),
         (
             args.moe_use_upcycling,
@@ -133,10 +133,12 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
         )
     if args.save is None:
         raise ValueError(
-            f"--laep-prune-iteration {config.prune_iteration} needs --save: the pruning goes through "
-            "a checkpoint; give --save FOLDER"
+            f"--laep-prune-iteration {config.prune_iteration} needs --save: the pruning goes "
+            "through a checkpoint; give --save FOLDER"
         )
-    graphs = "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
+    or_relaunch = (
+        "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
+    )
     unsupported = [
         (
             args.moe_router_force_load_balancing,
@@ -171,8 +173,8 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
         (
             args.rerun_mode not in ("disabled", "validate_results"),
             f"--rerun-mode {args.rerun_mode}",
-            "it runs each iteration several times, so tokens would be counted as often; use disabled "
-            "or validate_results",
+            "it runs each iteration several times, so tokens would be counted as often; use "
+            "disabled or validate_results",
         ),
         (args.skip_train, "--skip-train", "pruning is part of training; remove it"),
         (
@@ -183,24 +185,24 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
         (
             args.distrib_optim_fully_reshardable_mem_efficient and not args.use_gloo_process_groups,
             "--distrib-optim-fully-reshardable-mem-efficient without gloo groups",
-            "the pruning writes a fully reshardable checkpoint, which needs them in that mode; remove "
-            "one of --distrib-optim-fully-reshardable-mem-efficient and "
+            "the pruning writes a fully reshardable checkpoint, which needs them in that mode; "
+            "remove one of --distrib-optim-fully-reshardable-mem-efficient and "
             "--disable-gloo-process-groups",
         ),
         (
             args.cuda_graph_impl != "none" and not config.exit_after_prune,
             f"--cuda-graph-impl {args.cuda_graph_impl}",
-            f"captured graphs cannot be rebuilt inside a running job; {graphs}",
+            f"captured graphs cannot be rebuilt inside a running job; {or_relaunch}",
         ),
         (
             args.optimizer_cuda_graph and not config.exit_after_prune,
             "--optimizer-cuda-graph",
-            f"captured graphs cannot be rebuilt inside a running job; {graphs}",
+            f"captured graphs cannot be rebuilt inside a running job; {or_relaunch}",
         ),
         (
             args.inprocess_restart and not config.exit_after_prune,
             "--inprocess-restart",
-            f"it wraps the training function, as the rebuild inside the job does; {graphs}",
+            f"it wraps the training function, as the rebuild inside the job does; {or_relaunch}",
         ),
     ]
     _refuse(unsupported, "together with --laep-prune-iteration")
@@ -237,8 +239,8 @@ def _training_iterations(args: Namespace) -> tuple[int, str]:
         return args.train_iters, f"--train-iters {args.train_iters}"
     if not args.train_samples:
         raise ValueError(
-            "--laep-prune-iteration needs --train-iters or --train-samples, to tell whether the job "
-            "gets there"
+            "--laep-prune-iteration needs --train-iters or --train-samples, to tell whether the "
+            "job gets there"
         )
     flag = f"--train-samples {args.train_samples}"
     if args.step_batch_size_schedule is None:
@@ -275,16 +277,16 @@ def _check_sizes(args: Namespace, config: LaepConfig) -> None:
         raise ValueError(
             f"{flag} {size}: {args.world_size} ranks do not divide by expert tensor parallel size "
             f"{args.expert_tensor_parallel_size} x expert model parallel size {size} x pipeline "
-            f"parallel size {args.pipeline_model_parallel_size} = {ranks_of_a_model}; choose a size "
-            f"that divides {args.world_size}"
+            f"parallel size {args.pipeline_model_parallel_size} = {ranks_of_a_model}; choose a "
+            "smaller size"
         )
     multiple = config.expert_multiple or size
     check_multiple(multiple, size)
     if args.num_experts % multiple:
         raise ValueError(
             f"--laep-expert-multiple {multiple} does not divide --num-experts {args.num_experts}, "
-            "so a layer from which nothing is pruned could not be rounded up to it; choose a multiple "
-            "that divides it"
+            "so a layer from which nothing is pruned could not be rounded up to it; choose a "
+            "multiple that divides it"
         )
     if size != before:
         _check_new_size(args, size, args.world_size // ranks_of_a_model)
@@ -296,8 +298,9 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
     if replicas % args.num_distributed_optimizer_instances:
         raise ValueError(
             f"{flag} leaves {replicas} replicas of each expert, which "
-            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} does "
-            "not divide; choose another size, or one instance"
+            "--num-distributed-optimizer-instances "
+            f"{args.num_distributed_optimizer_instances} does not divide; choose another size, or "
+            "one instance"
         )
     if (
         args.use_tp_pp_dp_mapping
@@ -305,27 +308,25 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
         and replicas != args.data_parallel_size
     ):
         raise ValueError(
-            f"{flag} leaves {replicas} replicas of each expert and {args.data_parallel_size} of the "
-            "other weights, which --use-tp-pp-dp-mapping wants to be equal; remove it, or keep the size"
+            f"{flag} leaves {replicas} replicas of each expert and {args.data_parallel_size} of "
+            "the other weights, which --use-tp-pp-dp-mapping wants to be equal; remove it, or keep "
+            "the size"
         )
     if args.overlap_moe_expert_parallel_comm and size == 1:
         raise ValueError(
-            f"{flag} leaves nothing for --overlap-moe-expert-parallel-comm to overlap, which Megatron "
-            "refuses; remove it, or choose a size of at least 2"
+            f"{flag} leaves nothing for --overlap-moe-expert-parallel-comm to overlap, which "
+            "Megatron refuses; remove it, or choose a size of at least 2"
         )
-    if (size == 1) != (args.expert_model_parallel_size == 1) and args.optimizer not in (
-        "adam",
-        "sgd",
-    ):
+    before = args.expert_model_parallel_size
+    if (size == 1) != (before == 1) and args.optimizer not in ("adam", "sgd"):
         raise ValueError(
             f"--optimizer {args.optimizer}: its state cannot be carried from "
-            f"--expert-model-parallel-size {args.expert_model_parallel_size} to {flag}; keep the size, "
-            "or use adam"
+            f"--expert-model-parallel-size {before} to {flag}; keep the size, or use adam"
         )
 
 
 def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
-    """The map of ``--laep-plan``, checked against the job. It keeps the date that it was made on."""
+    """The map of ``--laep-plan``, checked against the job; it says when *it* was made."""
     path = Path(config.plan)
     try:
         expert_map = ExpertMap.from_json(path.read_text())
@@ -379,8 +380,8 @@ def check_start(
     if record.iteration >= config.prune_iteration:
         raise ValueError(
             f"{where} is at iteration {record.iteration} and was not pruned, but "
-            f"--laep-prune-iteration {config.prune_iteration} is past; choose a later iteration, or "
-            "start from an earlier checkpoint with --ckpt-step"
+            f"--laep-prune-iteration {config.prune_iteration} is past; choose a later iteration, "
+            "or start from an earlier checkpoint with --ckpt-step"
         )
     start = config.prune_iteration - config.resolved_window()
     if record.iteration > start and (record.window is None or record.window.start != start):
@@ -398,6 +399,7 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
 
     Also for jobs without ``--laep`` flags that open a pruned checkpoint.
     """
+    _check_model_supported(args, f"in a model that was pruned ({where})")
     expert_map = record.expert_map
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()
     if expert_map.layer_numbers != numbers:
@@ -415,9 +417,9 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
     if args.moe_router_topk > min(layer.experts_after for layer in expert_map.layers):
         smallest = min(expert_map.layers, key=lambda layer: layer.experts_after)
         raise ValueError(
-            f"--moe-router-topk {args.moe_router_topk}, but layer {smallest.layer_number} of {where} "
-            f"keeps {smallest.experts_after} experts; give --moe-router-topk {expert_map.top_k} or "
-            f"at most {smallest.experts_after}"
+            f"--moe-router-topk {args.moe_router_topk}, but layer {smallest.layer_number} of "
+            f"{where} keeps {smallest.experts_after} experts; give --moe-router-topk "
+            f"{expert_map.top_k} or at most {smallest.experts_after}"
         )
     size = args.expert_model_parallel_size
     for layer in expert_map.layers:
