@@ -177,27 +177,15 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
     return Path(max(reversed(candidates), key=lambda candidate: candidate[0])[1])
 
 
-def starts_over(args: Namespace, checkpoint: Path | None) -> bool:
-    """Whether Megatron loads only the weights of the checkpoint, and counts iterations from 0.
-
-    Args:
-        checkpoint: what the job will load, from ``find_checkpoint``.
-    """
-    from_release = checkpoint is not None and checkpoint.name == "release"
-    # Megatron then sets --finetune, but only when it loads.
-    from_pretrained = args.pretrained_checkpoint is not None and not (
-        checkpointing.checkpoint_exists(args.load)
-    )
-    return args.finetune or from_release or from_pretrained
-
-
 def read_record(checkpoint: Path | None) -> Record | None:
     """The record of a checkpoint folder; None where there is no (distributed) checkpoint.
 
     Local: reads a few kilobytes, needs no process group. A checkpoint that LAEP did not write gives
     a record without map.
     """
-    if checkpoint is None or not dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
+    if checkpoint is None or not dist_checkpointing.check_is_distributed_checkpoint(
+        str(checkpoint)
+    ):
         return None
     common_state = dist_checkpointing.load_common_state_dict(str(checkpoint))
     return Record.from_common_state(common_state, where=str(checkpoint))
@@ -317,5 +305,3 @@ def write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
-
-

@@ -6,6 +6,7 @@ moved fails at the start of a job, with the list of what is missing, and leaves 
 """
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +93,8 @@ def _resolve(target: str) -> tuple[Any, str]:
 
 
 def _megatron_version() -> str:
+    # Asked of the installation: importing Megatron for its version takes seconds.
     try:
-        from megatron.core.package_info import __version__
-
-        return __version__
-    except ImportError:
-        return "(not importable)"
+        return importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

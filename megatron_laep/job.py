@@ -56,6 +56,8 @@ class Job:
         self._committed = False
         self._record: Record | None = None
         self._source: Path | None = None
+        # Only weights are taken from the source: fine-tuning, a pretrained or a release checkpoint.
+        self._starts_over = False
         self._stats: RoutingStats | None = None
         self._window: PruningWindow | None = None
         self._log_start_LE: torch.Tensor | None = None
@@ -78,9 +80,8 @@ class Job:
                 rebuild after a pruning; None for a launch.
             can_rebuild: whether a rebuild inside the process is possible.
         """
+        self.config.validate()
         if self.config.enabled:
-            if args.yaml_cfg is None:
-                self.config.validate()
             if not (can_rebuild or self.config.exit_after_prune):
                 raise ValueError(
                     "--laep-prune-iteration without --laep-exit-after-prune rebuilds the model inside "
@@ -93,7 +94,13 @@ class Job:
             self._source = checkpoint.find_checkpoint(args.load, args)
             if self._source is None:
                 self._source = checkpoint.find_checkpoint(args.pretrained_checkpoint, args)
+                self._starts_over = self._source is not None
             self._record = checkpoint.read_record(self._source)
+            self._starts_over |= self._source is not None and (
+                args.finetune or self._source.name == "release"
+            )
+            if self._source is not None and self._record is None and self.config.enabled:
+                self._check_foreign_format()
         if self._record is not None:
             self.expert_map = self._record.expert_map
             self.map_state = self._record.map_state
@@ -108,6 +115,14 @@ class Job:
             )
         if self.expert_map is not None and self.config.expert_model_parallel_size is not None:
             args.expert_model_parallel_size = self.config.expert_model_parallel_size
+
+    def _check_foreign_format(self) -> None:
+        if not self._starts_over:
+            raise ValueError(
+                f"{self._source} is not in --ckpt-format torch_dist, so it cannot say which "
+                f"iterations --laep-prune-iteration {self.config.prune_iteration} would follow on; "
+                "convert it first with --ckpt-convert-format torch_dist and --ckpt-convert-save"
+            )
 
     def _continue_own_run(self, args: Namespace, rebuilt: bool) -> None:
         """Makes the job go on from --save if that holds a checkpoint of a LAEP job.
@@ -125,7 +140,9 @@ class Job:
         if rebuilt:
             wanted.update(ckpt_step=None, override_ckpt_iteration=None)
         changed = {
-            name: value for name, value in wanted.items() if (getattr(args, name) or None) != (value or None)
+            name: value
+            for name, value in wanted.items()
+            if (getattr(args, name) or None) != (value or None)
         }
         if changed:
             events.log("continue", checkpoint=source, **{f"set_{k}": v for k, v in changed.items()})
@@ -134,8 +151,11 @@ class Job:
     def check(self, args: Namespace) -> None:
         """Checks the arguments, once Megatron has validated them. Local, the same on all ranks."""
         if self.config.enabled:
-            validation.check_arguments(args, self.config)
-            validation.check_start(self._record, self.config, self._source)
+            pruned = self.expert_map is not None
+            validation.check_arguments(args, self.config, pruned=pruned)
+            # Where only weights are taken over, iterations count from 0 again.
+            record = Record() if self._starts_over and not pruned else self._record
+            validation.check_start(record, self.config, self._source)
         if self.expert_map is not None:
             validation.check_model(self._record, args, self._source)
 
@@ -179,14 +199,15 @@ class Job:
                 )
             yield
 
-    def check_loaded(self, iteration: int, args: Namespace) -> None:
+    def check_loaded(self, iteration: int) -> None:
         """The checkpoint that Megatron loaded must be the one whose map the model was built for."""
         if self.expert_map is None:
             return
-        if iteration != self._record.iteration and not args.finetune:
+        wanted = 0 if self._starts_over else self._record.iteration
+        if iteration != wanted:
             raise ValueError(
-                f"the model was built for {self._source} at iteration {self._record.iteration}, but "
-                f"Megatron loaded iteration {iteration}; nothing was trained. Was the checkpoint "
+                f"the model was built for {self._source} at iteration {wanted}, but Megatron "
+                f"loaded iteration {iteration}; nothing was trained. Was the checkpoint "
                 "folder changed while the job started?"
             )
         self.map_state = APPLIED
@@ -218,9 +239,7 @@ class Job:
         tokens_LE = self._stats.tokens_since(self._log_start_LE)
         self._log_start_LE = self._stats.snapshot()
         tokens = dict(zip(self._stats.layer_numbers, tokens_LE, strict=True))
-        found = metrics.load_metrics(
-            tokens, parallel_state.get_expert_model_parallel_world_size()
-        )
+        found = metrics.load_metrics(tokens, parallel_state.get_expert_model_parallel_world_size())
         events.log(
             "load",
             iteration=iteration,
@@ -273,7 +292,9 @@ class Job:
             ValueError: on all ranks, if no plan can rest on the loads. An ordinary checkpoint of the
                 iteration has been written then.
         """
-        with events.timed("window_closed", iteration=iteration, window=self.config.resolved_window()):
+        with events.timed(
+            "window_closed", iteration=iteration, window=self.config.resolved_window()
+        ):
             window = self._window.read(iteration)
         try:
             with events.timed("planned", iteration=iteration):

@@ -14,6 +14,7 @@ checkpoint exactly as a relaunch after a crash would::
 The loop itself is Megatron's; what is hooked, and why, is the list in ``_hooks``.
 """
 
+import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -118,6 +119,11 @@ def _hooks() -> list[Hook]:
             "show the --laep flags; scripts own their extra_args_provider",
         ),
         Hook(
+            "megatron.training.arguments:parse_args",
+            _parse_args,
+            "refuse --laep flags that a YAML file would drop",
+        ),
+        Hook(
             "megatron.training.arguments:validate_args",
             _validate_args,
             "find the checkpoint's map before the groups and the model are built",
@@ -180,6 +186,22 @@ def _add_arguments(original):
     return add_megatron_arguments
 
 
+def _parse_args(original):
+    def parse_args(*more, **named):
+        args = original(*more, **named)
+        given = [word for word in sys.argv[1:] if word.startswith("--laep-")]
+        if args.yaml_cfg is not None and (given or _session.config is not None):
+            raise ValueError(
+                f"--yaml-cfg {args.yaml_cfg} replaces the command line, and with it "
+                f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
+            )
+        # A YAML job does not pass by validate_args, so it could not follow a pruned checkpoint's map.
+        allow_pruned_checkpoints(args.yaml_cfg is None)
+        return args
+
+    return parse_args
+
+
 def _validate_args(original):
     def validate_args(args: Namespace, *more, **named):
         if _session.config is not None:
@@ -216,7 +238,7 @@ def _load_checkpoint(original):
             return original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
         with job.loading(ddp_model, get_args()):
             result = original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
-        job.check_loaded(result[0], get_args())
+        job.check_loaded(result[0])
         return result
 
     return load_checkpoint
@@ -248,6 +270,12 @@ def _build_metadata(original):
 def _setup_model_and_optimizer(original):
     def setup_model_and_optimizer(*more, **named):
         job = _active_job()
+        if _session.job is None and _session.config is not None and _session.config.enabled:
+            raise ValueError(
+                "megatron_laep.install(config) asks for a pruning, but the script has not called "
+                "megatron.training.arguments.parse_and_validate_args, where LAEP finds its "
+                "checkpoint; parse the arguments with it"
+            )
         if job is None:
             return original(*more, **named)
         job.agree()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron_laep import checkpoint, planning
+from megatron_laep import planning
 from megatron_laep.checkpoint import Record
 from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap
@@ -24,12 +24,13 @@ def moe_layer_numbers(args: Namespace) -> list[int]:
     return [index + 1 for index, has_experts in enumerate(pattern) if has_experts]
 
 
-def check_arguments(args: Namespace, config: LaepConfig) -> None:
+def check_arguments(args: Namespace, config: LaepConfig, *, pruned: bool) -> None:
     """What must hold for a job that counts and prunes.
 
     Args:
         args: Megatron's arguments after its own validation.
         config: the LAEP settings, ``config.enabled``.
+        pruned: whether the job goes on from a checkpoint with a map; its plan is not needed again.
 
     Raises:
         ValueError: see the module.
@@ -41,7 +42,7 @@ def check_arguments(args: Namespace, config: LaepConfig) -> None:
     _check_sizes(args, config)
     if config.plan is None:
         AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
-    else:
+    elif not pruned:
         read_plan(args, config)
 
 
@@ -151,6 +152,11 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             "random biases say nothing about the experts; remove it",
         ),
         (
+            args.moe_pad_expert_input_to_capacity,
+            "--moe-pad-expert-input-to-capacity",
+            "every expert gets the same number of tokens, which says nothing about it; remove it",
+        ),
+        (
             args.moe_enable_routing_replay,
             "--moe-enable-routing-replay",
             "recorded expert ids would be stale after pruning; remove it",
@@ -190,14 +196,20 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             "--disable-gloo-process-groups",
         ),
         (
-            args.cuda_graph_impl != "none" and not config.exit_after_prune,
+            args.cuda_graph_impl != "none",
             f"--cuda-graph-impl {args.cuda_graph_impl}",
-            f"captured graphs cannot be rebuilt inside a running job; {or_relaunch}",
+            "passes that warm a graph up would be counted, and captured graphs cannot be rebuilt "
+            "inside a running job; remove it",
         ),
         (
-            args.optimizer_cuda_graph and not config.exit_after_prune,
+            args.optimizer_cuda_graph,
             "--optimizer-cuda-graph",
-            f"captured graphs cannot be rebuilt inside a running job; {or_relaunch}",
+            "a captured graph cannot be rebuilt inside a running job; remove it",
+        ),
+        (
+            args.optimizer not in ("adam", "sgd"),
+            f"--optimizer {args.optimizer}",
+            "its state was never carried through an expert map; use --optimizer adam",
         ),
         (
             args.inprocess_restart and not config.exit_after_prune,
@@ -317,12 +329,6 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
             f"{flag} leaves nothing for --overlap-moe-expert-parallel-comm to overlap, which "
             "Megatron refuses; remove it, or choose a size of at least 2"
         )
-    before = args.expert_model_parallel_size
-    if (size == 1) != (before == 1) and args.optimizer not in ("adam", "sgd"):
-        raise ValueError(
-            f"--optimizer {args.optimizer}: its state cannot be carried from "
-            f"--expert-model-parallel-size {before} to {flag}; keep the size, or use adam"
-        )
 
 
 def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
@@ -346,26 +352,15 @@ def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
     return expert_map
 
 
-def check_start(
-    record: Record | None, config: LaepConfig, where: object, args: Namespace | None = None
-) -> None:
+def check_start(record: Record | None, config: LaepConfig, where: object) -> None:
     """Whether the job can go on from its checkpoint the way its flags say.
 
     Args:
-        record: of the checkpoint that will be loaded; None for a start from scratch, and for a
-            checkpoint whose format is not ``torch_dist``.
+        record: of the checkpoint that will be loaded; None for a start from scratch.
         config: the LAEP settings, ``config.enabled``.
-        where: the checkpoint, for messages; None for a start from scratch.
-        args: Megatron's arguments; tell whether the job counts on from the checkpoint's iteration.
+        where: the checkpoint, for messages.
     """
-    starts_over = args is not None and checkpoint.starts_over(args, where)
     if record is None:
-        if args is not None and where is not None and not starts_over:
-            raise ValueError(
-                f"{where} is not in --ckpt-format torch_dist, so --laep-prune-iteration "
-                f"{config.prune_iteration} cannot be compared with its iteration; convert it first "
-                "(--ckpt-convert-format torch_dist), or start over from it with --finetune"
-            )
         return
     if record.expert_map is not None:
         if record.expert_map.iteration != config.prune_iteration:
@@ -374,8 +369,6 @@ def check_start(
                 f"--laep-prune-iteration is {config.prune_iteration}; a second pruning is not "
                 f"supported: give --laep-prune-iteration {record.expert_map.iteration} to go on"
             )
-        return
-    if starts_over:
         return
     if record.iteration >= config.prune_iteration:
         raise ValueError(

@@ -149,8 +149,8 @@ def _serve() -> None:
     cpu.enable(force=True)
     # What most calls need: the imports, and the process to which checkpoint writers report. Having
     # it here saves each of the calls the time, most of all for the latter.
-    import megatron.core.tokenizers.text
-    import megatron.training
+    import megatron.core.tokenizers.text  # noqa: F401
+    import megatron.training  # noqa: F401
     from megatron.core.dist_checkpointing.strategies.filesystem_async import (
         get_write_results_queue,
     )

@@ -163,13 +163,6 @@ def override(args: Namespace) -> dict:
     return inside | {"after": vars(args).copy()}
 
 
-def start_over(flags: dict, checkpoint: str | None) -> bool:
-    from megatron_laep.checkpoint import starts_over
-
-    args = Namespace(**{"finetune": False, "pretrained_checkpoint": None, "load": None} | flags)
-    return starts_over(args, checkpoint and Path(checkpoint))
-
-
 # -- the tests -------------------------------------------------------------------------------------
 
 
@@ -306,27 +299,6 @@ def test_a_step_that_does_not_exist_is_not_found(tmp_path):
     outcome = in_megatron(find_both, str(tmp_path), {"ckpt_step": 4})
     assert outcome.error == "FileNotFoundError"
     assert "find_checkpoint" not in outcome.output.split("Traceback")[-1]
-
-
-@pytest.mark.parametrize(
-    "flags, checkpoint, expected",
-    [
-        ({}, None, False),
-        ({}, "run/iter_0000004", False),
-        ({"finetune": True}, "run/iter_0000004", True),
-        ({}, "run/release", True),
-        ({"pretrained_checkpoint": "base", "load": "nowhere"}, "base/iter_0000004", True),
-        ({"pretrained_checkpoint": "base"}, "base/iter_0000004", True),
-    ],
-)
-def test_when_only_the_weights_are_taken(flags, checkpoint, expected):
-    assert in_megatron(start_over, flags, checkpoint).result() is expected
-
-
-def test_a_pretrained_checkpoint_counts_only_for_a_new_run(tmp_path):
-    in_megatron(make_checkpoints, str(tmp_path), ["iter_0000004"], "4").result()
-    flags = {"pretrained_checkpoint": "base", "load": str(tmp_path)}
-    assert in_megatron(start_over, flags, str(tmp_path / "iter_0000004")).result() is False
 
 
 def test_json_files_are_whole_or_old(tmp_path):

@@ -224,7 +224,7 @@ def test_uninstall_gives_every_attribute_back():
     assert first["hooked"] == second["hooked"]
     assert ("megatron.training.training", "load_checkpoint") in first["hooked"]
     assert ("megatron.core.models.gpt.moe_module_specs", "MoELayer") in first["hooked"]
-    assert len(first["hooked"]) == 12
+    assert len(first["hooked"]) == 13
 
 
 def install_after(removed: list[tuple[str, str]]) -> tuple[str, list]:

@@ -148,38 +148,36 @@ def equal(one: dict, other: dict) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def carry_over(kind: str, chained_before: bool) -> None:
-    """Train, save, load with the other nesting, train on: the same weights as without the load."""
+def carry_over(kind: str) -> None:
+    """From a chain to one optimizer and back: the same weights as without the loads."""
     from megatron_laep.checkpoint import adapting_optimizer_state
 
     start()
-    names = [KINDS[kind]]
-    before = Trainee(kind, chained=chained_before, seed=1)
-    assert before.optimizers() == names * (2 if chained_before else 1)
+    before = Trainee(kind, chained=True, seed=1)
+    assert before.optimizers() == [KINDS[kind]] * 2
     before.train(3, lr=1e-2)
     path = before.save("before")
 
-    after = Trainee(kind, chained=not chained_before, seed=2)
-    assert after.optimizers() == names * (1 if chained_before else 2)
+    after = Trainee(kind, chained=False, seed=2)
+    assert after.optimizers() == [KINDS[kind]]
     assert not equal(before.weights(), after.weights())
     with adapting_optimizer_state():
         after.load(path)
     assert equal(before.weights(), after.weights())
     for group in after.optimizer.param_groups:
         assert (group["step"], group["lr"]) == (3, 1e-2)
-        assert group["is_expert_parallel"] in ([False] if chained_before else [False, True])
+        assert not group["is_expert_parallel"]
 
     before.train(3, lr=5e-3)
     after.train(3, lr=5e-3)
     assert equal(before.weights(), after.weights())
 
-    # and back, into the nesting that it came from
+    back = Trainee(kind, chained=True, seed=3)
     with adapting_optimizer_state():
-        fresh = Trainee(kind, chained=chained_before, seed=3)
-        fresh.load(after.save("after"))
-    before.train(2, lr=5e-3)
-    fresh.train(2, lr=5e-3)
-    assert equal(before.weights(), fresh.weights())
+        back.load(after.save("after"))
+    before.train(3, lr=5e-3)
+    back.train(3, lr=5e-3)
+    assert equal(before.weights(), back.weights())
 
 
 def load_without_help(kind: str) -> None:
@@ -265,10 +263,9 @@ def adapted_groups(kind: str) -> tuple[list[dict], list[dict]]:
 # -- the tests -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chained_before", [True, False], ids=["chain to one", "one to chain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_goes_on_exactly_with_the_other_nesting(kind, chained_before):
-    in_megatron(carry_over, kind, chained_before).result()
+def test_training_goes_on_exactly_with_the_other_nesting(kind):
+    in_megatron(carry_over, kind).result()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from distributed import LAEP, ON_CPU, TESTS, RunResult, run_megatron, tiny_arguments
+
 from megatron_laep import ExpertMap
 
 # Saves at 4 (inside the window of iterations 3 to 6), 6 (the pruning), 8 and 12.
@@ -116,9 +117,7 @@ def test_pruned_equals_masked(run, tmp_path) -> None:
         pruned_loss, pruned_norm = run.result.exact[iteration]
         assert loss == pruned_loss
         # The same squares and some zeros, summed in another order.
-        assert math.isclose(
-            float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24
-        )
+        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24)
 
 
 @pytest.mark.parametrize(
