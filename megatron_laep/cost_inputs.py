@@ -1,4 +1,4 @@
-"""What the cost model is told: the model's shape, the hardware, the parallelism, the loads of ranks.
+"""What the cost model is told: shape of the model, hardware, parallelism, loads of the ranks.
 
 Beside the flow: `tools.simulate` reads these values from files, `cost_model` computes with them.
 Each checks itself when it is made and says in a sentence what is wrong.
@@ -83,7 +83,7 @@ class ModelShape:
             "num_layers hidden num_experts top_k expert_ffn attention_heads head_dim kv_heads "
             "vocab sequence_length"
         )
-        minimum = {name: 1 for name in names.split()}
+        minimum = dict.fromkeys(names.split(), 1)
         minimum |= {"dense_ffn": 0, "shared_expert_ffn": 0, "extra_parameters_per_layer": 0}
         _check_numbers(self, "model", minimum)
         _check_flags(self, "model", "swiglu", "tied_embeddings")
@@ -177,7 +177,7 @@ class Hardware:
         if not isinstance(self.name, str):
             raise ValueError(f"hardware: name must be a text, got {self.name!r}")
         names = [name for name in self.__dataclass_fields__ if name != "name"]
-        _check_numbers(self, "hardware", {name: 0 for name in names})
+        _check_numbers(self, "hardware", dict.fromkeys(names, 0))
         for name in names:
             if name != "all_to_all_latency_us" and getattr(self, name) == 0:
                 raise ValueError(f"hardware: {name} must be more than 0")
@@ -222,7 +222,7 @@ class Parallelism:
 
     def __post_init__(self) -> None:
         names = ("pipeline", "expert", "data", "micro_batches", "tensor", "micro_batch_size")
-        minimum: dict[str, float] = {name: 1 for name in names}
+        minimum: dict[str, float] = dict.fromkeys(names, 1)
         minimum |= {"weight_bytes": 0, "gradient_bytes": 0, "optimizer_bytes": 0}
         _check_numbers(self, "parallelism", minimum)
         if self.recompute not in ("full", "none"):

@@ -78,8 +78,9 @@ def fit_layer(
             dispersion, loads = fitting[len(fitting) // 2]
             return loads, dispersion, draw
     raise ValueError(
-        f"no dispersion between {DISPERSIONS[0]} and {DISPERSIONS[-1]} makes Algorithm 1 with alpha "
-        f"{alpha:g} and beta {beta:g} keep {wanted} of {num_experts} experts, in {MAX_DRAWS} draws"
+        f"no dispersion between {DISPERSIONS[0]} and {DISPERSIONS[-1]} makes Algorithm 1 with "
+        f"alpha {alpha:g} and beta {beta:g} keep {wanted} of {num_experts} experts, in "
+        f"{MAX_DRAWS} draws"
     )
 
 

@@ -88,19 +88,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command alone, as `python -m megatron_laep.tools.simulate`; returns the exit code."""
+    """The command alone, as `python -m megatron_laep.tools.simulate`; the exit code, 2 after an
+    error.
+    """
     parser = argparse.ArgumentParser(prog="laep simulate")
     _add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the result, exit code 0; or one sentence on stderr, exit code 2."""
+    args = parser.parse_args(argv)
     try:
-        result = simulate(args)
+        return run(args)
     except ValueError as error:
         print(f"laep simulate: {error}", file=sys.stderr)
         return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the result and returns exit code 0. Errors: ValueError, one sentence."""
+    result = simulate(args)
     print(json.dumps(result, indent=1, allow_nan=False) if args.json else format_result(result))
     return 0
 
