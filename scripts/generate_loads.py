@@ -115,6 +115,7 @@ def generate(description: dict, seed: int) -> dict:
         "about": "SYNTHETIC loads, not measured: made by scripts/generate_loads.py such that "
         "Algorithm 1 keeps the published number of experts in every layer.",
         "seed": seed,
+        "iteration": WINDOW,
         "window": WINDOW,
         "dispersion": [dispersion for _, dispersion, _ in fitted],
         "draws": [draws for _, _, draws in fitted],
