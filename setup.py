@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = ["numpy", "tabulate"]
 
+_TOOLS = ["PyYAML"]  # model and hardware files of `laep simulate`; JSON ones do without
+
 _TRAIN = [
     "torch>=2.6",
     "megatron-core[training]>=0.19,<0.20",
@@ -25,10 +27,11 @@ _TRAIN = [
     "tensorboard",
     "tokenizers",  # scripts/prepare_data.py --tokenizer-json
     "tqdm",
+    *_TOOLS,
 ]
 _TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
-EXTRAS_REQUIRE = {"train": _TRAIN, "test": _TRAIN + _TEST}
+EXTRAS_REQUIRE = {"tools": _TOOLS, "train": _TRAIN, "test": _TRAIN + _TEST}
 
 
 def read_version() -> str:
