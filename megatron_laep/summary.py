@@ -119,7 +119,7 @@ class PruningSummary:
             totals += [
                 (
                     "parameters",
-                    f"{_scaled(self.parameters_before)} -> {_scaled(self.parameters_after)} "
+                    f"{scaled(self.parameters_before)} -> {scaled(self.parameters_after)} "
                     f"(-{self.parameters_removed_percent:.1f} %)",
                 ),
                 (
@@ -221,7 +221,7 @@ def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _scaled(number: int) -> str:
+def scaled(number: int) -> str:
     """Parameters in units of thousand, million or billion (B also beyond: 1515.0 B)."""
     for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= factor:

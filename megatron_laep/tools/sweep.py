@@ -18,7 +18,7 @@ from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.load_log import LoadLog
 from megatron_laep.planning import make_expert_map
-from megatron_laep.summary import ModelSize, summarize
+from megatron_laep.summary import ModelSize, scaled, summarize
 from megatron_laep.tools import options
 
 
@@ -240,12 +240,12 @@ def as_csv(rows: Sequence[SweepRow]) -> str:
 def format_table(rows: Sequence[SweepRow]) -> str:
     """The rows for people; without the columns of parameters if these are unknown."""
     sized = rows[0].parameters_after is not None
-    parameters = ("parameters\nleft, B", "parameters\nremoved %") if sized else ()
+    parameters = ("parameters\nleft", "parameters\nremoved %") if sized else ()
     lines = []
     for row in rows:
         size = ()
         if sized:
-            size = (f"{row.parameters_after / 1e9:.2f}", f"{row.parameters_removed_percent:.1f}")
+            size = (scaled(row.parameters_after), f"{row.parameters_removed_percent:.1f}")
         before = row.busiest_rank_before
         lines.append(
             (
