@@ -6,7 +6,8 @@ JSON of recorded windows; ``planning``, ``stability`` and the tools work on the 
 returns.
 
 Shape suffixes: W windows, L MoE layers, E experts of a layer (padded with zeros to the largest), R
-ranks."""
+ranks.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class PruningSummary:
                 ),
                 (
                     "memory freed per rank",
-                    f"{_binary(self.memory_freed_bytes_per_rank)} (mean over the ranks)",
+                    f"{binary(self.memory_freed_bytes_per_rank)} (mean over the ranks)",
                 ),
             ]
         return f"{table}\n\n{tabulate(totals, tablefmt='plain', disable_numparse=True)}"
@@ -229,7 +229,7 @@ def scaled(number: int) -> str:
     return str(number)
 
 
-def _binary(number: float) -> str:
+def binary(number: float) -> str:
     """Bytes in KiB, MiB or GiB; negative if a rank holds more than before."""
     for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(number) >= factor:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -127,6 +128,23 @@ class TestStart:
         )
         os.close(writer)
         assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_readme_prints_what_the_commands_print(tmp_path):
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\$ laep (.*)\n((?:.*\n)*?)```$", text, flags=re.MULTILINE)
+    assert [command.split()[0] for command, _ in examples] == ["stability", "sweep", "plan"]
+    for command, expected in examples:
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_laep.tools", *command.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout == expected
 
 
 class TestPlan:

@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "plan",
         help="the expert map that a job would make of the loads, and the table",
         description="Makes the expert map of recorded loads exactly as a job does that "
-        "prunes after the last of the windows: on the same loads, with the same rules, it has the same hash.",
+        "prunes after the last of the windows: same loads and same rules, same hash.",
     )
     options.add_loads(parser)
     options.add_alpha_and_beta(parser)
