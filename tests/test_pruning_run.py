@@ -6,6 +6,8 @@ One reference run prunes inside the job; everything else is compared with it, lo
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +105,40 @@ def test_what_the_user_sees(run) -> None:
     tokens = WINDOW * 8 * 64  # iterations x global batch x sequence, top-1
     assert [sum(row) for row in loads["tokens"]] == [tokens] * 4
     assert [list(layer.loads) for layer in run.expert_map.layers] == loads["tokens"]
+
+
+def laep(*arguments) -> dict:
+    """What an offline tool prints for a program, run in a process without the CPU platform."""
+    command = [sys.executable, "-m", "megatron_laep.tools", *map(str, arguments), "--json"]
+    done = subprocess.run(
+        command, cwd=TESTS.parent, capture_output=True, text=True, timeout=120, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_the_offline_plan_is_the_plan_of_the_job(run) -> None:
+    loads = run.folder / "laep" / f"iter_{PRUNE:07d}" / "loads.json"
+    rules = ("--alpha", "1.0", "--beta", "0.5", "--top-k", "1", "--ep", "2")
+    assert laep("plan", loads, *rules)["expert_map_hash"] == run.expert_map.hash
+
+
+def test_inspect_of_its_checkpoints(run) -> None:
+    kept = [layer.experts_after for layer in run.expert_map.layers]
+    found = {i: laep("inspect", run.folder / f"iter_{i:07d}") for i in (4, PRUNE, 8)}
+    assert [item["map_state"] for item in found.values()] == ["none", "pending", "applied"]
+    assert [item["iteration"] for item in found.values()] == [4, PRUNE, 8]
+    for iteration, in_checkpoint, in_model in ((4, [8] * 4, [8] * 4), (PRUNE, [8] * 4, kept), (8, kept, kept)):
+        layers = found[iteration]["layers"]
+        assert [layer["experts_in_checkpoint"] for layer in layers] == in_checkpoint
+        assert [layer["experts_in_model"] for layer in layers] == in_model
+    assert found[8]["lineage"] == [run.expert_map.hash]
+    assert found[8]["layers"][0]["lineage"] == list(run.expert_map.layers[0].kept)
+    # Per expert: fc1 64 x 32, fc2 32 x 32.
+    assert found[4]["expert_parameters"] == 4 * 8 * 3072
+    assert found[8]["expert_parameters"] == sum(kept) * 3072
+    gone = found[4]["parameters"] - found[8]["parameters"]
+    assert gone == (32 - sum(kept)) * (3072 + 32), "with its row of the router"
+    assert laep("inspect", run.folder)["iteration"] == ITERATIONS
 
 
 def test_pruned_equals_masked(run, tmp_path) -> None:

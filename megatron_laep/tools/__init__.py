@@ -11,4 +11,5 @@ that ``__main__`` lists, with one function::
 ``run`` prints its product to stdout and raises ``ValueError`` with a sentence for everything that
 is wrong with its input; ``__main__`` turns that into a line on stderr and exit code 2. The modules
 must load without torch and Megatron, and quickly: what only one subcommand needs and takes long to
-import is imported in its ``run``. ``options`` has what several subcommands share."""
+import is imported in its ``run``. ``options`` has what several subcommands share.
+"""
