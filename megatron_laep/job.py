@@ -5,6 +5,7 @@ Driven by the hooks in ``training``; does the work with ``checkpoint``, ``routin
 
 import contextlib
 import dataclasses
+import os
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ class Job:
         self._source: Path | None = None
         # Only weights are taken from the source: fine-tuning, a pretrained or a release checkpoint.
         self._starts_over = False
+        self._plan: ExpertMap | None = None
         self._stats: RoutingStats | None = None
         self._window: PruningWindow | None = None
         self._log_start_LE: torch.Tensor | None = None
@@ -130,15 +132,24 @@ class Job:
         The same command must continue a killed job, also a job that began with --load of something
         else (and --finetune), whose flags would otherwise start it over.
         """
-        with checkpoint.overridden(args, **({"ckpt_step": None} if rebuilt else {})):
+        if args.save is None:
+            return
+        # --ckpt-step chooses among the checkpoints of --load. Those are this job's own only where
+        # --load is --save.
+        own_step = (
+            not rebuilt and args.load and os.path.realpath(args.load) == os.path.realpath(args.save)
+        )
+        with checkpoint.overridden(args, **({} if own_step else {"ckpt_step": None})):
             source = checkpoint.find_checkpoint(args.save, args)
             record = checkpoint.read_record(source)
         if record is None or not record.is_laep:
             return
         self._source, self._record = source, record
         wanted = dict(load=args.save, finetune=False, no_load_optim=False, no_load_rng=False)
+        if not own_step:
+            wanted["ckpt_step"] = None
         if rebuilt:
-            wanted.update(ckpt_step=None, override_ckpt_iteration=None)
+            wanted["override_ckpt_iteration"] = None
         changed = {
             name: value
             for name, value in wanted.items()
@@ -152,7 +163,10 @@ class Job:
         """Checks the arguments, once Megatron has validated them. Local, the same on all ranks."""
         if self.config.enabled:
             pruned = self.expert_map is not None
-            validation.check_arguments(args, self.config, pruned=pruned)
+            validation.check_arguments(args, self.config)
+            if self.config.plan is not None and not pruned:
+                # Read once: a file that changes while the job runs must not fail it at the pruning.
+                self._plan = validation.read_plan(args, self.config)
             # Where only weights are taken over, iterations count from 0 again.
             record = Record() if self._starts_over and not pruned else self._record
             validation.check_start(record, self.config, self._source)
@@ -298,10 +312,15 @@ class Job:
             window = self._window.read(iteration)
         try:
             with events.timed("planned", iteration=iteration):
-                expert_map = self._plan(window.tokens_LE, iteration, args)
-        except ValueError:
-            save()
-            raise
+                expert_map = self._agree_on_plan(window.tokens_LE, iteration, args)
+        except ValueError as error:
+            # Synchronous: nobody would be left to complete an asynchronous save.
+            with checkpoint.overridden(args, async_save=False):
+                save()
+            raise ValueError(
+                f"{error}. Iteration {iteration} is saved unpruned in {args.save}: go on with a later "
+                "--laep-prune-iteration, or without the --laep flags"
+            ) from error
         self._report(expert_map, window.tokens_LE, model, args)
         self.expert_map, self.map_state, self.committing = expert_map, PENDING, True
         events.log(
@@ -322,7 +341,7 @@ class Job:
             self.committing = False
         return should_exit
 
-    def _plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+    def _agree_on_plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
         """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
         outcome: list = [None, None]
         if events.is_rank_0():
@@ -336,9 +355,18 @@ class Job:
         return ExpertMap.from_json(outcome[0])
 
     def _decide(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
-        if self.config.plan is not None:
-            plan = validation.read_plan(args, self.config)
-            return dataclasses.replace(plan, iteration=iteration)
+        if self._plan is not None:
+            # The experts are the file's; the loads, sizes and date are this job's.
+            layers = tuple(
+                dataclasses.replace(layer, loads=tokens_E)
+                for layer, tokens_E in zip(self._plan.layers, tokens_LE, strict=True)
+            )
+            return dataclasses.replace(
+                self._plan,
+                iteration=iteration,
+                layers=layers,
+                expert_parallel_size_before=args.expert_model_parallel_size,
+            )
         before = args.expert_model_parallel_size
         return planning.make_expert_map(
             tokens_LE,
@@ -362,6 +390,8 @@ class Job:
             loads = {
                 "iteration": expert_map.iteration,
                 "window": self.config.resolved_window(),
+                "top_k": args.moe_router_topk,
+                "expert_parallel_size": args.expert_model_parallel_size,
                 "layer_numbers": list(self._stats.layer_numbers),
                 "tokens": [list(tokens_E) for tokens_E in tokens_LE],
             }

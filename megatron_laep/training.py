@@ -7,8 +7,8 @@ checkpoint exactly as a relaunch after a crash would::
 
     arguments parsed -> Job.start     which checkpoint, which map, are the flags sound
     model built      -> set_layer_counts, if there is a map
-    checkpoint load  -> Job.load      through the map, if it is pending
-    before iterations-> Job.begin     counters
+    checkpoint load  -> Job.loading    through the map, if it is pending
+    before iterations -> Job.begin     counters
     each iteration   -> Job.end_iteration; at the pruning iteration Job.prune, then Rebuild
 
 The loop itself is Megatron's; what is hooked, and why, is the list in ``_hooks``.
@@ -92,8 +92,10 @@ def run(main: Callable[[], Any]) -> Any:
         What ``main`` returned the last time.
     """
     _session.inside_run = True
+    command_line = list(sys.argv)
     try:
         while True:
+            sys.argv = list(command_line)
             try:
                 return main()
             except Rebuild as rebuild:
@@ -362,7 +364,7 @@ def _checkpoint_and_decide_exit(original):
             iteration, model, get_args(), step=lambda: step(context), save=lambda: save(context)
         )
         if should_exit or job.config.exit_after_prune:
-            events.log("exit_after_prune", iteration=iteration)
+            events.log("exit_after_commit", iteration=iteration)
             return True
         writer = global_vars.get_tensorboard_writer()
         if writer:

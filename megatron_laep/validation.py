@@ -24,13 +24,12 @@ def moe_layer_numbers(args: Namespace) -> list[int]:
     return [index + 1 for index, has_experts in enumerate(pattern) if has_experts]
 
 
-def check_arguments(args: Namespace, config: LaepConfig, *, pruned: bool) -> None:
+def check_arguments(args: Namespace, config: LaepConfig) -> None:
     """What must hold for a job that counts and prunes.
 
     Args:
         args: Megatron's arguments after its own validation.
         config: the LAEP settings, ``config.enabled``.
-        pruned: whether the job goes on from a checkpoint with a map; its plan is not needed again.
 
     Raises:
         ValueError: see the module.
@@ -42,8 +41,6 @@ def check_arguments(args: Namespace, config: LaepConfig, *, pruned: bool) -> Non
     _check_sizes(args, config)
     if config.plan is None:
         AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
-    elif not pruned:
-        read_plan(args, config)
 
 
 def _check_model_supported(args: Namespace, situation: str) -> None:
@@ -137,6 +134,7 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             f"--laep-prune-iteration {config.prune_iteration} needs --save: the pruning goes "
             "through a checkpoint; give --save FOLDER"
         )
+    in_job = not config.exit_after_prune
     or_relaunch = (
         "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
     )
@@ -152,9 +150,10 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             "random biases say nothing about the experts; remove it",
         ),
         (
-            args.moe_pad_expert_input_to_capacity,
-            "--moe-pad-expert-input-to-capacity",
-            "every expert gets the same number of tokens, which says nothing about it; remove it",
+            args.moe_expert_capacity_factor is not None,
+            f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor}",
+            "tokens beyond the capacity are dropped before they are counted, so busy experts would "
+            "look less busy; remove it",
         ),
         (
             args.moe_enable_routing_replay,
@@ -212,7 +211,35 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             "its state was never carried through an expert map; use --optimizer adam",
         ),
         (
-            args.inprocess_restart and not config.exit_after_prune,
+            args.tp_comm_overlap and in_job,
+            "--tp-comm-overlap",
+            f"TransformerEngine's communication buffers cannot be made twice; {or_relaunch}",
+        ),
+        (
+            args.enable_ft_package and in_job,
+            "--enable-ft-package",
+            f"its client cannot be set up twice in a process; {or_relaunch}",
+        ),
+        (
+            args.nccl_ub and in_job,
+            "--nccl-ub",
+            f"its memory pools would outlive the groups they are registered with; {or_relaunch}",
+        ),
+        (
+            bool(args.fp8) and args.fp8_recipe == "delayed" and in_job,
+            "--fp8-recipe delayed",
+            f"TransformerEngine keeps the old model's scaling history; {or_relaunch}",
+        ),
+        (
+            args.profile
+            and args.profile_step_start <= config.prune_iteration < args.profile_step_end
+            and in_job,
+            f"--profile from iteration {args.profile_step_start} to {args.profile_step_end}",
+            "a profiler's window cannot span the rebuild; end it before --laep-prune-iteration "
+            f"{config.prune_iteration}, or start it after",
+        ),
+        (
+            args.inprocess_restart and in_job,
             "--inprocess-restart",
             f"it wraps the training function, as the rebuild inside the job does; {or_relaunch}",
         ),

@@ -18,10 +18,13 @@ PURE = (
     "pruning",
     "stability",
     "summary",
+    "cost_inputs",
+    "cost_model",
     "tools.__main__",
     "tools.inspect",
     "tools.options",
     "tools.plan",
+    "tools.simulate",
     "tools.stability",
     "tools.sweep",
 )

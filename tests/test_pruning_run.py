@@ -127,7 +127,11 @@ def test_inspect_of_its_checkpoints(run) -> None:
     found = {i: laep("inspect", run.folder / f"iter_{i:07d}") for i in (4, PRUNE, 8)}
     assert [item["map_state"] for item in found.values()] == ["none", "pending", "applied"]
     assert [item["iteration"] for item in found.values()] == [4, PRUNE, 8]
-    for iteration, in_checkpoint, in_model in ((4, [8] * 4, [8] * 4), (PRUNE, [8] * 4, kept), (8, kept, kept)):
+    for iteration, in_checkpoint, in_model in (
+        (4, [8] * 4, [8] * 4),
+        (PRUNE, [8] * 4, kept),
+        (8, kept, kept),
+    ):
         layers = found[iteration]["layers"]
         assert [layer["experts_in_checkpoint"] for layer in layers] == in_checkpoint
         assert [layer["experts_in_model"] for layer in layers] == in_model
@@ -208,6 +212,27 @@ def test_a_pruned_checkpoint_opens_without_laep_flags(run) -> None:
         launcher=LAEP,
     )
     assert set(result.exact) == {ITERATIONS + 1, ITERATIONS + 2}
+
+
+def test_a_job_that_began_elsewhere_goes_on_from_its_own_folder(run, tmp_path) -> None:
+    """--load and --ckpt-step belong to the first start; the same command later continues."""
+    command = flags(
+        tmp_path, load=run.folder, ckpt_step=SAVE_INTERVAL, exit_interval=2 * SAVE_INTERVAL
+    )
+    first = run_megatron(command, 2, launcher=LAEP, timeout=240)
+    assert set(first.exact) == set(range(SAVE_INTERVAL + 1, 2 * SAVE_INTERVAL + 1))
+    second = run_megatron(command, 2, launcher=LAEP, timeout=240)
+    run.assert_continues(second, after=2 * SAVE_INTERVAL)
+
+
+def test_an_empty_tracker_file_is_not_taken_for_success(run, tmp_path) -> None:
+    """What Megatron leaves if it is killed while it writes the file."""
+    folder = pending_copy(tmp_path / "empty", run)
+    (folder / "latest_checkpointed_iteration.txt").write_text("")
+    result = run_megatron(flags(folder), 2, launcher=LAEP, check=False)
+    assert all(result.returncodes)
+    for log in result.logs:
+        assert "leaves it empty. Write the iteration" in log
 
 
 @pytest.mark.parametrize(

@@ -190,27 +190,27 @@ def test_the_subcommand_registers_itself(tiny):
 
 
 def loads_text(**changes) -> str:
-    content = {"layer_numbers": [1, 2, 3, 4], "tokens": [[10] * 32] * 4, **changes}
+    content = {
+        "iteration": 9,
+        "window": 3,
+        "layer_numbers": [1, 2, 3, 4],
+        "tokens": [[10] * 32] * 4,
+    }
+    content |= changes
     return json.dumps(content)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not valid JSON, or cut off"),
-        (loads_text()[:100], "is not valid JSON, or cut off"),
-        ("[]", "must hold named fields, got list"),
-        ('{"tokens": []}', "no field layer_numbers"),
-        (loads_text(tokens=[]), "tokens must be a list of lists"),
-        (loads_text(tokens=[[10] * 32] * 3), "has 3 rows of tokens for layer numbers [1, 2, 3, 4]"),
+        # What load_log.read says of damaged files is tested with it.
+        (loads_text()[:100], "this is not valid JSON, or it was cut off"),
+        ('{"tokens": []}', "the fields layer_numbers and tokens are missing"),
         (loads_text(tokens=[[float("nan")] * 32] * 4), "layer 1: the load of expert 0 is NaN"),
         (loads_text(tokens=[[-1] * 32] * 4), "layer 1: the load of expert 0 is negative: -1"),
         (loads_text(tokens=[[0] * 32] * 4), "layer 1: the loads of all 32 experts are zero"),
-        (loads_text(tokens=[[1.5] * 32] * 4), "loads must be integer token counts"),
-        (loads_text(tokens=[["a"] * 32] * 4), "loads must be integer token counts"),
         (loads_text(tokens=[[10] * 16] * 4), "loads of 16 experts, the model has 32"),
         (loads_text(layer_numbers=[1, 2, 3, 5]), "of layers 1, 2, 3, 5, the model has experts in"),
-        (loads_text(iteration="x"), "iteration must be an integer >= 0, got 'x'"),
     ],
 )
 def test_bad_loads_are_one_sentence_and_exit_code_2(capsys, tiny, tmp_path, text, message):
@@ -254,7 +254,7 @@ def test_bad_model_files(capsys, tmp_path, section, change, message):
         (("--hardware", "a800", "--ep", "3"), "not divisible by expert-model-parallel-size 3"),
         (("--hardware", "a800", "--ep", "0"), "--ep must be at least 1, got 0"),
         (("--hardware", "a800", "--beta", "2"), "--laep-beta must be within 0 and 1, got 2"),
-        (("--hardware", "a800", "--windows", "2"), "has no windows"),
+        (("--hardware", "a800", "--windows", "2"), "holds 1 windows: the last 2 were asked for"),
         (("--hardware", "a800", "--calibrate", "900"), "cannot calibrate on 900 TFLOPS per GPU"),
         (("--hardware", "a800", "--plan", "x.json", "--ep", "2"), "--plan is a finished map"),
         (("--hardware", "a800", "--plan", "x.json"), "x.json cannot be read"),

@@ -84,7 +84,7 @@ def plan_on_rank_0(tokens_LE: list[list], laep: dict) -> str:
         num_layers=4,
     )
     seen = tokens_LE if torch.distributed.get_rank() == 0 else None
-    return job._plan(seen, 10, args).to_json()
+    return job._agree_on_plan(seen, 10, args).to_json()
 
 
 GOOD_ROW = [10, 0, 5, 100, 30, 5, 40, 10]
@@ -110,8 +110,30 @@ def test_good_loads_give_every_rank_the_same_plan():
     assert ExpertMap.from_json(plans[0]).layer(4).pruned == (1, 2)
 
 
+def plan_from_file(plan: str, tokens_LE: list) -> str:
+    """What the job makes of a plan that it read from a file."""
+    from argparse import Namespace
+
+    from megatron_laep.config import LaepConfig
+    from megatron_laep.job import Job
+
+    job = Job(LaepConfig(prune_iteration=10, plan="plan.json"))
+    job._plan = ExpertMap.from_json(plan)
+    return job._agree_on_plan(tokens_LE, 10, Namespace(expert_model_parallel_size=2)).to_json()
+
+
 @pytest.mark.distributed
-def test_a_plan_file_that_vanishes_stops_every_rank(tmp_path):
-    laep = {"plan": str(tmp_path / "gone.json")}
-    for outcome in on_ranks(2, plan_on_rank_0, [GOOD_ROW] * 4, laep):
-        assert_complaint(outcome, "pruning at iteration 10: --laep-plan", "gone.json")
+def test_a_plan_from_a_file_gets_the_loads_and_sizes_of_the_job():
+    plan = ExpertMap.from_kept(
+        {number: (5, 1, 0, 4) for number in (1, 2, 3, 4)},
+        experts_before=8,
+        expert_parallel_size=2,
+        expert_parallel_size_before=8,
+        top_k=2,
+    )
+    first, second = on_ranks(2, plan_from_file, plan.to_json(), [GOOD_ROW] * 4)
+    used = ExpertMap.from_json(first.result())
+    assert first.result() == second.result()
+    assert [layer.kept for layer in used.layers] == [layer.kept for layer in plan.layers]
+    assert {layer.loads for layer in used.layers} == {tuple(GOOD_ROW)}
+    assert (used.iteration, used.expert_parallel_size_before) == (10, 2)

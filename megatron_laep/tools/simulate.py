@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_laep import load_log
 from megatron_laep.config import LaepConfig
 from megatron_laep.cost_inputs import (
     Hardware,
@@ -60,7 +61,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         type=int,
         metavar="N",
-        default=None,
+        default=1,
         help="for loads with windows: use the sum of the last N (default: 1)",
     )
     parser.add_argument("--alpha", metavar="SPEC", help="as --laep-alpha (default: MODEL.yaml's)")
@@ -157,62 +158,19 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def read_loads(path: Path, windows: int | None = None) -> tuple[dict[int, list[int]], int]:
-    """Tokens per expert by layer number, and the iteration they were recorded at (0: unknown).
+def read_loads(path: Path, windows: int = 1) -> tuple[dict[int, list[int]], int]:
+    """Tokens per expert by layer number, of the last windows together, and the iteration they end at.
 
-    windows: for a file with windows, how many of the last to sum up (None: 1).
-    Errors: ValueError for a file that is no JSON, has not the two fields, or other shapes; the
-    counts themselves are checked where they are used.
+    Errors: ValueError for a file that holds no loads, or fewer windows.
     """
-    data = _read_mapping(path)
-    missing = [name for name in ("layer_numbers", "tokens") if name not in data]
-    if missing:
-        raise ValueError(f"{path}: no field {' and no field '.join(missing)}: not a file of loads")
-    numbers, tokens = data["layer_numbers"], data["tokens"]
-    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-        raise ValueError(f"{path}: layer_numbers must be a list of integers, got {numbers!r}")
-    if not isinstance(tokens, list) or not all(isinstance(row, list) for row in tokens or [None]):
-        raise ValueError(f"{path}: tokens must be a list of lists, one for each layer or window")
-    iteration = data.get("iteration", 0)
-    if _is_windowed(tokens) and data.get("last_iteration_of_window"):
-        iteration = data["last_iteration_of_window"][-1]
-    if type(iteration) is not int or iteration < 0:
-        raise ValueError(f"{path}: the iteration must be an integer >= 0, got {iteration!r}")
-    if _is_windowed(tokens):
-        wanted = 1 if windows is None else windows
-        if not 1 <= wanted <= len(tokens):
-            raise ValueError(f"{path}: has {len(tokens)} windows, --windows asks for {wanted}")
-        chosen = [_layers(path, numbers, window) for window in tokens[-wanted:]]
-        summed = {number: [0] * len(row) for number, row in chosen[-1].items()}
-        for window in chosen:
-            for number, row in window.items():
-                if len(row) != len(summed[number]):
-                    raise ValueError(f"{path}: layer {number} has other experts in other windows")
-                summed[number] = [a + b for a, b in zip(summed[number], row, strict=True)]
-        return summed, iteration
-    if windows is not None:
-        raise ValueError(f"{path}: has no windows, so --windows does not apply")
-    return _layers(path, numbers, tokens), iteration
-
-
-def _is_windowed(tokens: list[list]) -> bool:
-    return bool(tokens[0]) and isinstance(tokens[0][0], list)
-
-
-def _layers(path: Path, numbers: list[int], rows: object) -> dict[int, list[int]]:
-    if not isinstance(rows, list) or len(rows) != len(numbers) or len(set(numbers)) < len(numbers):
-        count = len(rows) if isinstance(rows, list) else 0
-        raise ValueError(
-            f"{path}: has {count} rows of tokens for layer numbers {numbers}: each layer needs "
-            "exactly one"
-        )
-    layers = {}
-    for number, row in zip(numbers, rows, strict=True):
+    log = load_log.read(path)
+    loads = {}
+    for number, row in zip(log.layer_numbers, log.last(windows), strict=True):
         try:
-            layers[number] = checked_loads(row).tolist()
-        except (ValueError, OverflowError) as error:
+            loads[number] = checked_loads(row).tolist()
+        except ValueError as error:
             raise ValueError(f"{path}: layer {number}: {error}") from None
-    return layers
+    return loads, int(log.last_iterations[-1])
 
 
 def _check_loads(loads: Mapping[int, list[int]], shape: ModelShape, path: Path) -> None:
