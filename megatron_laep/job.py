@@ -19,6 +19,7 @@ from megatron_laep.checkpoint import APPLIED, PENDING, Record
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.moe_layer import find_layers
+from megatron_laep.recording import Recording
 from megatron_laep.routing_stats import PruningWindow, RoutingStats
 from megatron_laep.summary import summarize
 
@@ -62,12 +63,17 @@ class Job:
         self._plan: ExpertMap | None = None
         self._stats: RoutingStats | None = None
         self._window: PruningWindow | None = None
+        self._recording: Recording | None = None
         self._log_start_LE: torch.Tensor | None = None
 
     @property
     def active(self) -> bool:
-        """Whether LAEP has anything to do: the job will be pruned, or its model was."""
-        return self.config.enabled or self.expert_map is not None
+        """Whether LAEP has anything to do: the job will be pruned or recorded, or its model was."""
+        return (
+            self.config.enabled
+            or self.config.record_interval is not None
+            or self.expert_map is not None
+        )
 
     # -- before the model is built -------------------------------------------------------------
 
@@ -170,6 +176,8 @@ class Job:
             # Where only weights are taken over, iterations count from 0 again.
             record = Record() if self._starts_over and not pruned else self._record
             validation.check_start(record, self.config, self._source)
+        if self.config.record_interval is not None:
+            validation.check_recording(args, self.config)
         if self.expert_map is not None:
             validation.check_model(self._record, args, self._source)
 
@@ -235,8 +243,17 @@ class Job:
             )
         self._stats = RoutingStats(find_layers(model))
         self._log_start_LE = self._stats.snapshot()
-        if self.expert_map is None:
+        if self.config.enabled and self.expert_map is None:
             self._begin_window(args.iteration)
+        if self.config.record_interval is not None:
+            self._recording = Recording(
+                self._stats,
+                Path(args.save) / "laep",
+                interval=self.config.record_interval,
+                top_k=args.moe_router_topk,
+                expert_map=self.expert_map,
+                iteration=args.iteration,
+            )
 
     def _begin_window(self, iteration: int) -> None:
         start = self.config.prune_iteration - self.config.resolved_window()
@@ -267,12 +284,22 @@ class Job:
     # -- pruning -------------------------------------------------------------------------------
 
     def end_iteration(self, iteration: int) -> bool:
-        """Opens the window when its time comes; True if this is the iteration to prune after."""
-        if self.expert_map is not None:
+        """Opens and records windows when their time comes; True if it is time to prune.
+
+        A collective where a recorded window ends.
+        """
+        if self._recording is not None:
+            self._recording.end_iteration(iteration)
+        if self._window is None or self.expert_map is not None:
             return False
         if iteration == self._window.start:
             self._window.open()
         return iteration == self.config.prune_iteration
+
+    def end(self) -> None:
+        """Before the job leaves the loop for a rebuild."""
+        if self._recording is not None:
+            self._recording.close()
 
     def add_record(self, state_dict: dict, iteration: int) -> None:
         """Puts the record into a checkpoint that is about to be written. A collective."""

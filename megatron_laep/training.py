@@ -369,6 +369,7 @@ def _checkpoint_and_decide_exit(original):
         writer = global_vars.get_tensorboard_writer()
         if writer:
             writer.close()
+        job.end()
         raise Rebuild(job.expert_map.hash, parallel.release(model))
 
     return checkpoint_and_decide_exit

@@ -43,6 +43,22 @@ def check_arguments(args: Namespace, config: LaepConfig) -> None:
         AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
 
 
+def check_recording(args: Namespace, config: LaepConfig) -> None:
+    """What must hold for a job that records its loads, whether it prunes or not."""
+    flag = f"--laep-record-interval {config.record_interval}"
+    if args.save is None:
+        raise ValueError(f"{flag} needs --save: the record goes to SAVE/laep; give --save FOLDER")
+    if args.num_experts is None or not moe_layer_numbers(args):
+        raise ValueError(
+            f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
+        )
+    if args.hybrid_layer_pattern is not None or args.mtp_num_layers:
+        raise ValueError(
+            f"{flag} is not supported with --hybrid-layer-pattern or --mtp-num-layers: their layers "
+            "would not be told apart; remove the flag"
+        )
+
+
 def _check_model_supported(args: Namespace, situation: str) -> None:
     """Refuses what cannot live with experts that are renumbered, or with layers of uneven counts.
 

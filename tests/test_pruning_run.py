@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from distributed import LAEP, ON_CPU, TESTS, RunResult, run_megatron, tiny_arguments
 
-from megatron_laep import ExpertMap
+from megatron_laep import ExpertMap, load_log
 
 # Saves at 4 (inside the window of iterations 3 to 6), 6 (the pruning), 8 and 12.
 ITERATIONS, WINDOW, PRUNE, SAVE_INTERVAL = 14, 4, 6, 4
@@ -53,6 +53,7 @@ def flags(folder: Path, **more) -> list[str]:
             "laep_window": WINDOW,
             "laep_alpha": 1.0,
             "laep_beta": 0.5,
+            "laep_record_interval": 2,
             **more,
         },
     )
@@ -145,6 +146,32 @@ def test_inspect_of_its_checkpoints(run) -> None:
     assert laep("inspect", run.folder)["iteration"] == ITERATIONS
 
 
+def test_the_loads_are_recorded(run) -> None:
+    folder = run.folder / "laep"
+    full = load_log.read(folder / "loads-full.bin")
+    pruned = load_log.read(folder / f"loads-{run.expert_map.short_hash}.bin")
+    assert list(full.last_iterations) == [2, 4, 6] and list(full.first_iterations) == [1, 3, 5]
+    assert list(pruned.last_iterations) == [8, 10, 12, 14]
+    # The pruning window is iterations 3 to 6: the last two that were recorded.
+    assert [tuple(row) for row in full.last(2)] == [layer.loads for layer in run.expert_map.layers]
+    kept = tuple(layer.experts_after for layer in run.expert_map.layers)
+    assert pruned.expert_counts == kept and pruned.lineage == (run.expert_map.hash,)
+    assert {int(row.sum()) for row in pruned.window(0)} == {2 * 8 * 64}
+
+
+def test_a_job_that_does_not_prune_can_be_recorded(run, tmp_path) -> None:
+    result = run_megatron(
+        stock_flags(tmp_path, train_iters=4, laep_record_interval=2), 2, launcher=LAEP, timeout=240
+    )
+    assert result.exact == {i: run.result.exact[i] for i in range(1, 5)}
+    mine, reference = (
+        load_log.read(folder / "laep" / "loads-full.bin") for folder in (tmp_path, run.folder)
+    )
+    assert [row.tolist() for row in mine.last(2)] == [
+        (a + b).tolist() for a, b in zip(reference.window(0), reference.window(1), strict=True)
+    ]
+
+
 def test_pruned_equals_masked(run, tmp_path) -> None:
     """Oracle 2. The pending checkpoint is an ordinary one: stock Megatron opens it as the full model."""
     folder = pending_copy(tmp_path / "masked", run)
@@ -207,7 +234,13 @@ def test_a_pruned_checkpoint_does_not_open_without_the_launcher(run) -> None:
 
 def test_a_pruned_checkpoint_opens_without_laep_flags(run) -> None:
     result = run_megatron(
-        stock_flags(run.folder, save=None, save_interval=None, train_iters=ITERATIONS + 2),
+        stock_flags(
+            run.folder,
+            save=None,
+            save_interval=None,
+            train_iters=ITERATIONS + 2,
+            use_checkpoint_opt_param_scheduler=True,
+        ),
         2,
         launcher=LAEP,
     )

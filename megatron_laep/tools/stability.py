@@ -41,9 +41,9 @@ def decisions(
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "stability",
-        help="how stable the loads are, and when a job would prune",
+        help="how stable the loads are, and since when",
         description="Compares each recorded window with the one before it, and tells when "
-        "--laep-prune-when-stable would prune.",
+        "the loads are stable for the first time.",
     )
     options.add_loads(parser)
     options.add_alpha_and_beta(parser)
@@ -63,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a line for each window, then when a job would prune."""
+    """Prints a line for each window, then when the loads are stable."""
     log = options.read_loads(args)
     thresholds = StabilityThresholds(
         **{field.name: getattr(args, field.name) for field in fields(StabilityThresholds)}
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if first is None:
         print(f"the loads are never stable up to iteration {found[-1].iteration}")
     else:
-        print(f"first stable at iteration {first}: --laep-prune-when-stable would prune there")
+        print(f"first stable at iteration {first}")
     return 0
 
 
