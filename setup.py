@@ -16,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-INSTALL_REQUIRES = ["numpy", "tabulate"]
+INSTALL_REQUIRES = ["numpy", "tabulate", "tqdm"]
+
+_TOOLS = ["PyYAML"]  # model and hardware files of `laep simulate`; JSON ones do without
 
 _TRAIN = [
     "torch>=2.6",
@@ -24,11 +26,11 @@ _TRAIN = [
     "psutil",  # Megatron's torch_dist checkpoint writer asks for it only when it saves
     "tensorboard",
     "tokenizers",  # scripts/prepare_data.py --tokenizer-json
-    "tqdm",
+    *_TOOLS,
 ]
 _TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
-EXTRAS_REQUIRE = {"train": _TRAIN, "test": _TRAIN + _TEST}
+EXTRAS_REQUIRE = {"tools": _TOOLS, "train": _TRAIN, "test": _TRAIN + _TEST}
 
 
 def read_version() -> str:
@@ -61,6 +63,7 @@ if __name__ == "__main__":
         license="Apache-2.0",
         packages=find_packages(include=["megatron_laep", "megatron_laep.*"]),
         python_requires=">=3.12",
+        entry_points={"console_scripts": ["laep = megatron_laep.tools.__main__:main"]},
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
     )

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,16 +147,17 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
     """The checkpoint that Megatron would load from ``folder``, or None where it would start anew.
 
     Follows the tracker file, ``--ckpt-step`` and global non-persistent checkpoints, as Megatron's
-    loader does.
+    loader does. Local, also where process groups exist: ranks may see different files, and then
+    have to find out together (``Job.agree``), not hang here.
+
+    Raises:
+        ValueError: a tracker file is empty or damaged.
     """
     if folder is None:
         return None
     candidates: list[tuple[int, str]] = []
-    iteration, release = -1, False
-    tracked = checkpointing.checkpoint_exists(folder)
-    if tracked:
-        tracker = checkpointing.get_checkpoint_tracker_filename(folder)
-        iteration, release = checkpointing.read_metadata(tracker)
+    tracked = _tracked_iteration(folder)
+    iteration, release = tracked or (-1, False)
     if args.ckpt_step:
         iteration = args.ckpt_step
     if iteration >= 0:
@@ -167,28 +169,35 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
         temporary = args.non_persistent_global_ckpt_dir or os.path.join(
             folder, checkpointing._NON_PERSISTENT_CKPT_SUBDIR
         )
-        iteration = checkpointing._get_non_persistent_iteration(temporary, args)
-        if iteration >= 0:
-            name = checkpointing.get_checkpoint_name(temporary, iteration, return_base_dir=True)
-            candidates.append((iteration, name))
+        tracked = _tracked_iteration(temporary)
+        if tracked:
+            name = checkpointing.get_checkpoint_name(temporary, tracked[0], return_base_dir=True)
+            candidates.append((tracked[0], name))
     if not candidates:
         return None
     # The later entry wins a tie: Megatron prefers the non-persistent one.
     return Path(max(reversed(candidates), key=lambda candidate: candidate[0])[1])
 
 
-def starts_over(args: Namespace, checkpoint: Path | None) -> bool:
-    """Whether Megatron loads only the weights of the checkpoint, and counts iterations from 0.
+def _tracked_iteration(folder: str) -> tuple[int, bool] | None:
+    """What a folder's tracker file names: (iteration, is a release); None without the file.
 
-    Args:
-        checkpoint: what the job will load, from ``find_checkpoint``.
+    Megatron's reader leaves the process with exit code 0 at an empty file, which a scheduler takes
+    for success; and Megatron's writer leaves an empty file if it is killed while it writes.
     """
-    from_release = checkpoint is not None and checkpoint.name == "release"
-    # Megatron then sets --finetune, but only when it loads.
-    from_pretrained = args.pretrained_checkpoint is not None and not (
-        checkpointing.checkpoint_exists(args.load)
+    if not checkpointing.checkpoint_exists(folder):
+        return None
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
+    text = tracker.read_text().strip()
+    if text == "release":
+        return 0, True
+    if text.isdecimal():
+        return int(text), False
+    raise ValueError(
+        f"{tracker}: got {text!r}, wanted the iteration of the latest checkpoint; a job that is "
+        "killed while it writes this file leaves it empty. Write the iteration of the newest complete "
+        "checkpoint folder beside it (one with a metadata.json) into the file"
     )
-    return args.finetune or from_release or from_pretrained
 
 
 def read_record(checkpoint: Path | None) -> Record | None:
@@ -197,7 +206,9 @@ def read_record(checkpoint: Path | None) -> Record | None:
     Local: reads a few kilobytes, needs no process group. A checkpoint that LAEP did not write gives
     a record without map.
     """
-    if checkpoint is None or not dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
+    if checkpoint is None or not dist_checkpointing.check_is_distributed_checkpoint(
+        str(checkpoint)
+    ):
         return None
     common_state = dist_checkpointing.load_common_state_dict(str(checkpoint))
     return Record.from_common_state(common_state, where=str(checkpoint))
@@ -271,14 +282,12 @@ def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> N
     ranks: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, held)
     for layer_map in expert_map.layers:
-        shares = [rank[layer_map.layer_number] for rank in ranks if layer_map.layer_number in rank]
-        copies = [sum(old in share for share in shares) for old in range(layer_map.experts_before)]
-        wanted = [old in layer_map.kept for old in range(layer_map.experts_before)]
-        replicas = max(copies, default=0)
-        if replicas == 0 or copies != [replicas * keep for keep in wanted]:
+        copies = Counter(old for rank in ranks for old in rank.get(layer_map.layer_number, ()))
+        replicas = max(copies.values(), default=0)
+        if replicas == 0 or copies != {old: replicas for old in layer_map.kept}:
             raise ValueError(
                 f"layer {layer_map.layer_number}: the ranks of the job would load the old experts "
-                f"{sorted({old for share in shares for old in share})}, the map keeps "
+                f"{sorted(copies)}, the map keeps "
                 f"{sorted(layer_map.kept)}, each once in every replica; the model was not built for "
                 f"the map {expert_map.short_hash}"
             )
@@ -317,5 +326,3 @@ def write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
-
-

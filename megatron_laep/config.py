@@ -144,6 +144,7 @@ class LaepConfig:
     expert_model_parallel_size: int | None = None
     plan: str | None = None
     exit_after_prune: bool = False
+    record_interval: int | None = None
 
     @property
     def enabled(self) -> bool:
@@ -182,7 +183,13 @@ class LaepConfig:
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the job. Errors: ValueError that names the flag."""
-        for name in ("prune_iteration", "window", "expert_multiple", "expert_model_parallel_size"):
+        for name in (
+            "prune_iteration",
+            "window",
+            "expert_multiple",
+            "expert_model_parallel_size",
+            "record_interval",
+        ):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -216,6 +223,8 @@ class LaepConfig:
         """
         defaults = LaepConfig()
         for item in fields(self):
+            if item.name == "record_interval":  # also for jobs that will not prune
+                continue
             if getattr(self, item.name) != getattr(defaults, item.name):
                 raise ValueError(
                     f"{_flag(item.name)} is given without --laep-prune-iteration, so nothing would "
@@ -317,5 +326,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=defaults.exit_after_prune,
         help="Write the checkpoint with the expert map, then exit with code 0, for schedulers that "
         "relaunch the job with other resources.",
+    )
+    group.add_argument(
+        "--laep-record-interval",
+        type=int,
+        metavar="I",
+        default=defaults.record_interval,
+        help="Record the tokens of each expert every I iterations in SAVE/laep/, for the laep "
+        "command; also in jobs that will not prune (default: no record).",
     )
     return parser

@@ -6,6 +6,7 @@ moved fails at the start of a job, with the list of what is missing, and leaves 
 """
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,11 @@ class HookSet:
                 + "\nSupported: megatron-core >=0.19,<0.20 with megatron.training. Install such a "
                 "version, or run the script without '-m megatron_laep'."
             )
-        for hook, owner, name, original in owners:
-            replacement = hook.make(original)
+        # All are made before the first is set.
+        made = [
+            (owner, name, original, hook.make(original)) for hook, owner, name, original in owners
+        ]
+        for owner, name, original, replacement in made:
             setattr(replacement, _MARKER, True)
             setattr(owner, name, replacement)
             self._undo.append((owner, name, original))
@@ -89,9 +93,8 @@ def _resolve(target: str) -> tuple[Any, str]:
 
 
 def _megatron_version() -> str:
+    # Asked of the installation: importing Megatron for its version takes seconds.
     try:
-        from megatron.core.package_info import __version__
-
-        return __version__
-    except ImportError:
-        return "(not importable)"
+        return importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -5,6 +5,7 @@ Driven by the hooks in ``training``; does the work with ``checkpoint``, ``routin
 
 import contextlib
 import dataclasses
+import os
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from megatron_laep.checkpoint import APPLIED, PENDING, Record
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.moe_layer import find_layers
+from megatron_laep.recording import Recording
 from megatron_laep.routing_stats import PruningWindow, RoutingStats
 from megatron_laep.summary import summarize
 
@@ -56,14 +58,22 @@ class Job:
         self._committed = False
         self._record: Record | None = None
         self._source: Path | None = None
+        # Only weights are taken from the source: fine-tuning, a pretrained or a release checkpoint.
+        self._starts_over = False
+        self._plan: ExpertMap | None = None
         self._stats: RoutingStats | None = None
         self._window: PruningWindow | None = None
+        self._recording: Recording | None = None
         self._log_start_LE: torch.Tensor | None = None
 
     @property
     def active(self) -> bool:
-        """Whether LAEP has anything to do: the job will be pruned, or its model was."""
-        return self.config.enabled or self.expert_map is not None
+        """Whether LAEP has anything to do: the job will be pruned or recorded, or its model was."""
+        return (
+            self.config.enabled
+            or self.config.record_interval is not None
+            or self.expert_map is not None
+        )
 
     # -- before the model is built -------------------------------------------------------------
 
@@ -78,9 +88,8 @@ class Job:
                 rebuild after a pruning; None for a launch.
             can_rebuild: whether a rebuild inside the process is possible.
         """
+        self.config.validate()
         if self.config.enabled:
-            if args.yaml_cfg is None:
-                self.config.validate()
             if not (can_rebuild or self.config.exit_after_prune):
                 raise ValueError(
                     "--laep-prune-iteration without --laep-exit-after-prune rebuilds the model inside "
@@ -93,7 +102,13 @@ class Job:
             self._source = checkpoint.find_checkpoint(args.load, args)
             if self._source is None:
                 self._source = checkpoint.find_checkpoint(args.pretrained_checkpoint, args)
+                self._starts_over = self._source is not None
             self._record = checkpoint.read_record(self._source)
+            self._starts_over |= self._source is not None and (
+                args.finetune or self._source.name == "release"
+            )
+            if self._source is not None and self._record is None and self.config.enabled:
+                self._check_foreign_format()
         if self._record is not None:
             self.expert_map = self._record.expert_map
             self.map_state = self._record.map_state
@@ -109,23 +124,42 @@ class Job:
         if self.expert_map is not None and self.config.expert_model_parallel_size is not None:
             args.expert_model_parallel_size = self.config.expert_model_parallel_size
 
+    def _check_foreign_format(self) -> None:
+        if not self._starts_over:
+            raise ValueError(
+                f"{self._source} is not in --ckpt-format torch_dist, so it cannot say which "
+                f"iterations --laep-prune-iteration {self.config.prune_iteration} would follow on; "
+                "convert it first with --ckpt-convert-format torch_dist and --ckpt-convert-save"
+            )
+
     def _continue_own_run(self, args: Namespace, rebuilt: bool) -> None:
         """Makes the job go on from --save if that holds a checkpoint of a LAEP job.
 
         The same command must continue a killed job, also a job that began with --load of something
         else (and --finetune), whose flags would otherwise start it over.
         """
-        with checkpoint.overridden(args, **({"ckpt_step": None} if rebuilt else {})):
+        if args.save is None:
+            return
+        # --ckpt-step chooses among the checkpoints of --load. Those are this job's own only where
+        # --load is --save.
+        own_step = (
+            not rebuilt and args.load and os.path.realpath(args.load) == os.path.realpath(args.save)
+        )
+        with checkpoint.overridden(args, **({} if own_step else {"ckpt_step": None})):
             source = checkpoint.find_checkpoint(args.save, args)
             record = checkpoint.read_record(source)
         if record is None or not record.is_laep:
             return
         self._source, self._record = source, record
         wanted = dict(load=args.save, finetune=False, no_load_optim=False, no_load_rng=False)
+        if not own_step:
+            wanted["ckpt_step"] = None
         if rebuilt:
-            wanted.update(ckpt_step=None, override_ckpt_iteration=None)
+            wanted["override_ckpt_iteration"] = None
         changed = {
-            name: value for name, value in wanted.items() if (getattr(args, name) or None) != (value or None)
+            name: value
+            for name, value in wanted.items()
+            if (getattr(args, name) or None) != (value or None)
         }
         if changed:
             events.log("continue", checkpoint=source, **{f"set_{k}": v for k, v in changed.items()})
@@ -134,8 +168,16 @@ class Job:
     def check(self, args: Namespace) -> None:
         """Checks the arguments, once Megatron has validated them. Local, the same on all ranks."""
         if self.config.enabled:
+            pruned = self.expert_map is not None
             validation.check_arguments(args, self.config)
-            validation.check_start(self._record, self.config, self._source)
+            if self.config.plan is not None and not pruned:
+                # Read once: a file that changes while the job runs must not fail it at the pruning.
+                self._plan = validation.read_plan(args, self.config)
+            # Where only weights are taken over, iterations count from 0 again.
+            record = Record() if self._starts_over and not pruned else self._record
+            validation.check_start(record, self.config, self._source)
+        if self.config.record_interval is not None:
+            validation.check_recording(args, self.config)
         if self.expert_map is not None:
             validation.check_model(self._record, args, self._source)
 
@@ -179,14 +221,15 @@ class Job:
                 )
             yield
 
-    def check_loaded(self, iteration: int, args: Namespace) -> None:
+    def check_loaded(self, iteration: int) -> None:
         """The checkpoint that Megatron loaded must be the one whose map the model was built for."""
         if self.expert_map is None:
             return
-        if iteration != self._record.iteration and not args.finetune:
+        wanted = 0 if self._starts_over else self._record.iteration
+        if iteration != wanted:
             raise ValueError(
-                f"the model was built for {self._source} at iteration {self._record.iteration}, but "
-                f"Megatron loaded iteration {iteration}; nothing was trained. Was the checkpoint "
+                f"the model was built for {self._source} at iteration {wanted}, but Megatron "
+                f"loaded iteration {iteration}; nothing was trained. Was the checkpoint "
                 "folder changed while the job started?"
             )
         self.map_state = APPLIED
@@ -200,8 +243,17 @@ class Job:
             )
         self._stats = RoutingStats(find_layers(model))
         self._log_start_LE = self._stats.snapshot()
-        if self.expert_map is None:
+        if self.config.enabled and self.expert_map is None:
             self._begin_window(args.iteration)
+        if self.config.record_interval is not None:
+            self._recording = Recording(
+                self._stats,
+                Path(args.save) / "laep",
+                interval=self.config.record_interval,
+                top_k=args.moe_router_topk,
+                expert_map=self.expert_map,
+                iteration=args.iteration,
+            )
 
     def _begin_window(self, iteration: int) -> None:
         start = self.config.prune_iteration - self.config.resolved_window()
@@ -218,9 +270,7 @@ class Job:
         tokens_LE = self._stats.tokens_since(self._log_start_LE)
         self._log_start_LE = self._stats.snapshot()
         tokens = dict(zip(self._stats.layer_numbers, tokens_LE, strict=True))
-        found = metrics.load_metrics(
-            tokens, parallel_state.get_expert_model_parallel_world_size()
-        )
+        found = metrics.load_metrics(tokens, parallel_state.get_expert_model_parallel_world_size())
         events.log(
             "load",
             iteration=iteration,
@@ -234,12 +284,22 @@ class Job:
     # -- pruning -------------------------------------------------------------------------------
 
     def end_iteration(self, iteration: int) -> bool:
-        """Opens the window when its time comes; True if this is the iteration to prune after."""
-        if self.expert_map is not None:
+        """Opens and records windows when their time comes; True if it is time to prune.
+
+        A collective where a recorded window ends.
+        """
+        if self._recording is not None:
+            self._recording.end_iteration(iteration)
+        if self._window is None or self.expert_map is not None:
             return False
         if iteration == self._window.start:
             self._window.open()
         return iteration == self.config.prune_iteration
+
+    def end(self) -> None:
+        """Before the job leaves the loop for a rebuild."""
+        if self._recording is not None:
+            self._recording.close()
 
     def add_record(self, state_dict: dict, iteration: int) -> None:
         """Puts the record into a checkpoint that is about to be written. A collective."""
@@ -273,14 +333,21 @@ class Job:
             ValueError: on all ranks, if no plan can rest on the loads. An ordinary checkpoint of the
                 iteration has been written then.
         """
-        with events.timed("window_closed", iteration=iteration, window=self.config.resolved_window()):
+        with events.timed(
+            "window_closed", iteration=iteration, window=self.config.resolved_window()
+        ):
             window = self._window.read(iteration)
         try:
             with events.timed("planned", iteration=iteration):
-                expert_map = self._plan(window.tokens_LE, iteration, args)
-        except ValueError:
-            save()
-            raise
+                expert_map = self._agree_on_plan(window.tokens_LE, iteration, args)
+        except ValueError as error:
+            # Synchronous: nobody would be left to complete an asynchronous save.
+            with checkpoint.overridden(args, async_save=False):
+                save()
+            raise ValueError(
+                f"{error}. Iteration {iteration} is saved unpruned in {args.save}: go on with a later "
+                "--laep-prune-iteration, or without the --laep flags"
+            ) from error
         self._report(expert_map, window.tokens_LE, model, args)
         self.expert_map, self.map_state, self.committing = expert_map, PENDING, True
         events.log(
@@ -301,7 +368,7 @@ class Job:
             self.committing = False
         return should_exit
 
-    def _plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+    def _agree_on_plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
         """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
         outcome: list = [None, None]
         if events.is_rank_0():
@@ -315,9 +382,18 @@ class Job:
         return ExpertMap.from_json(outcome[0])
 
     def _decide(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
-        if self.config.plan is not None:
-            plan = validation.read_plan(args, self.config)
-            return dataclasses.replace(plan, iteration=iteration)
+        if self._plan is not None:
+            # The experts are the file's; the loads, sizes and date are this job's.
+            layers = tuple(
+                dataclasses.replace(layer, loads=tokens_E)
+                for layer, tokens_E in zip(self._plan.layers, tokens_LE, strict=True)
+            )
+            return dataclasses.replace(
+                self._plan,
+                iteration=iteration,
+                layers=layers,
+                expert_parallel_size_before=args.expert_model_parallel_size,
+            )
         before = args.expert_model_parallel_size
         return planning.make_expert_map(
             tokens_LE,
@@ -341,6 +417,8 @@ class Job:
             loads = {
                 "iteration": expert_map.iteration,
                 "window": self.config.resolved_window(),
+                "top_k": args.moe_router_topk,
+                "expert_parallel_size": args.expert_model_parallel_size,
                 "layer_numbers": list(self._stats.layer_numbers),
                 "tokens": [list(tokens_E) for tokens_E in tokens_LE],
             }

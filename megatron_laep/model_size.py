@@ -41,7 +41,9 @@ def measure(
         per_expert = numel / layer.num_local_experts + sum(
             p.numel() / layer.config.num_moe_experts for p in rows
         )
-        bytes_before = _bytes_per_parameter(weights[0], args, expert_map.expert_parallel_size_before)
+        bytes_before = _bytes_per_parameter(
+            weights[0], args, expert_map.expert_parallel_size_before
+        )
         bytes_after = _bytes_per_parameter(weights[0], args, expert_map.expert_parallel_size_after)
         per_expert_ids.update(id(p) for p in weights + rows)
     others = sum(
@@ -77,13 +79,15 @@ def _bytes_per_parameter(
     the expert tensor parallel size, over which the weight itself is split.
     """
     gradient = getattr(parameter, "main_grad", parameter).element_size()
+    moments = 2 if args.optimizer == "adam" else 1
     if args.use_precision_aware_optimizer:
         dtypes = (args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype)
         optimizer = sum(torch.empty(0, dtype=dtype).element_size() for dtype in dtypes)
     else:
-        optimizer = 8 + (4 if parameter.element_size() < 4 else 0)
+        optimizer = 4 * moments + (4 if parameter.element_size() < 4 else 0)
     shards = args.expert_tensor_parallel_size
     if args.use_distributed_optimizer:
         ranks_of_a_model = shards * expert_parallel_size * args.pipeline_model_parallel_size
-        optimizer /= args.world_size // ranks_of_a_model
+        replicas = args.world_size // ranks_of_a_model
+        optimizer /= replicas // args.num_distributed_optimizer_instances
     return (parameter.element_size() + gradient + optimizer) / shards

@@ -3,7 +3,8 @@
 With expert parallelism Megatron chains two optimizers (dense and expert parameters) and saves
 ``{0: state, 1: state}``; without it there is one, saved as ``state``. A job whose expert-parallel
 size changes to or from 1 meets the other form. The tensors need no care, since their keys speak of
-parameters, not of optimizers; this module adapts what is not a tensor: parameter groups and scalars.
+parameters, not of optimizers; this module adapts what is not a tensor: parameter groups and
+scalars.
 """
 
 import copy
@@ -34,8 +35,8 @@ def adapt_common_state(saved: dict, wanted: dict) -> dict:
         return saved
     if not all(isinstance(_holder(part), dict) for part in saved_parts):
         raise ValueError(
-            "the optimizer state of the checkpoint is laid out by buffers (dp_reshardable) and cannot "
-            "change between expert parallelism and none; save it with "
+            "the optimizer state of the checkpoint is laid out by buffers (dp_reshardable) and "
+            "cannot change between expert parallelism and none; save it with "
             "--dist-ckpt-optim-fully-reshardable, or keep --expert-model-parallel-size"
         )
     saved_groups = [group for part in saved_parts for group in _holder(part)["param_groups"]]

@@ -81,6 +81,12 @@ def tear_down() -> int:
     Returns:
         How many groups this rank was a member of and destroyed.
     """
+    if not torch.distributed.is_initialized():
+        raise RuntimeError(
+            "the training script has destroyed the default process group on its way out, so the job "
+            "cannot be rebuilt in this process; leave the group alone, or add "
+            "--laep-exit-after-prune. The checkpoint is complete: the same command goes on"
+        )
     torch.distributed.barrier()
     # Taken before Megatron forgets them. None stands for the default group. The order of the list
     # is the order of creation, the same on all members of a group.

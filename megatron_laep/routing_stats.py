@@ -1,7 +1,7 @@
 """Windows over the token counts of the MoE layers.
 
 The layers count on the device and never stop (``moe_layer``). A window is the difference of two
-readings; only ``read`` and ``close`` speak to other ranks or to the host, and they are called at
+readings; only ``tokens_since`` and ``read`` speak to other ranks or to the host, and they are called at
 window ends, at saves and at log intervals, never inside a step.
 """
 

@@ -64,6 +64,8 @@ class PruningSummary:
     memory_freed_bytes_per_rank: mean over expert-parallel ranks and pipeline stages of the memory
         for weights, gradients and optimizer state of experts. A stage whose layers lose more
         experts frees more.
+    The parameters and the memory are None if the model's size is unknown, and not in the table
+    then.
     """
 
     rows: tuple[LayerRow, ...]
@@ -72,10 +74,10 @@ class PruningSummary:
     experts_before: int
     experts_after: int
     tokens_rerouted_percent: float | None
-    parameters_before: int
-    parameters_after: int
-    parameters_removed_percent: float
-    memory_freed_bytes_per_rank: float
+    parameters_before: int | None
+    parameters_after: int | None
+    parameters_removed_percent: float | None
+    memory_freed_bytes_per_rank: float | None
 
     def to_dict(self) -> dict[str, object]:
         """JSON-able dict: the fields, rows as dicts."""
@@ -109,10 +111,12 @@ class PruningSummary:
             stralign="right",
         )
         removed = 100 * (self.experts_before - self.experts_after) / self.experts_before
-        totals = tabulate(
-            [
-                ("experts", f"{self.experts_before} -> {self.experts_after} (-{removed:.1f} %)"),
-                ("tokens re-routed", f"{_fixed(self.tokens_rerouted_percent, 2)} %"),
+        totals = [
+            ("experts", f"{self.experts_before} -> {self.experts_after} (-{removed:.1f} %)"),
+            ("tokens re-routed", f"{_fixed(self.tokens_rerouted_percent, 2)} %"),
+        ]
+        if self.parameters_before is not None:
+            totals += [
                 (
                     "parameters",
                     f"{scaled(self.parameters_before)} -> {scaled(self.parameters_after)} "
@@ -122,18 +126,16 @@ class PruningSummary:
                     "memory freed per rank",
                     f"{binary(self.memory_freed_bytes_per_rank)} (mean over the ranks)",
                 ),
-            ],
-            tablefmt="plain",
-            disable_numparse=True,
-        )
-        return f"{table}\n\n{totals}"
+            ]
+        return f"{table}\n\n{tabulate(totals, tablefmt='plain', disable_numparse=True)}"
 
 
 def summarize(
-    expert_map: ExpertMap, size: ModelSize, *, pipeline_parallel_size: int = 1
+    expert_map: ExpertMap, size: ModelSize | None, *, pipeline_parallel_size: int = 1
 ) -> PruningSummary:
     """Rows and totals for a map.
 
+    size: None if it is unknown, as for a tool that has only loads.
     pipeline_parallel_size: pipeline stages that the layers are spread over; only the memory per
         rank depends on it.
     Errors: ValueError for a pipeline_parallel_size below 1.
@@ -141,16 +143,8 @@ def summarize(
     if pipeline_parallel_size < 1:
         raise ValueError(f"pipeline_parallel_size must be at least 1, got {pipeline_parallel_size}")
     ranks_before = expert_map.expert_parallel_size_before
-    ranks_after = expert_map.expert_parallel_size_after
     experts_before = sum(layer.experts_before for layer in expert_map.layers)
     experts_after = sum(layer.experts_after for layer in expert_map.layers)
-    parameters_before = size.other_parameters + experts_before * size.parameters_per_expert
-    parameters_after = size.other_parameters + experts_after * size.parameters_per_expert
-    bytes_before = size.bytes_per_expert_parameter
-    bytes_after = size.bytes_per_expert_parameter_after
-    if bytes_after is None:
-        bytes_after = bytes_before
-    freed = experts_before / ranks_before * bytes_before - experts_after / ranks_after * bytes_after
     known = [layer for layer in expert_map.layers if layer.loads]
     return PruningSummary(
         rows=tuple(_row(layer, ranks_before) for layer in expert_map.layers),
@@ -161,11 +155,34 @@ def summarize(
         tokens_rerouted_percent=_percent(
             sum(_rerouted(layer) for layer in known), sum(sum(layer.loads) for layer in known)
         ),
-        parameters_before=parameters_before,
-        parameters_after=parameters_after,
-        parameters_removed_percent=100 * (1 - parameters_after / parameters_before),
-        memory_freed_bytes_per_rank=freed * size.parameters_per_expert / pipeline_parallel_size,
+        **_sizes(expert_map, size, experts_before, experts_after, pipeline_parallel_size),
     )
+
+
+def _sizes(
+    expert_map: ExpertMap,
+    size: ModelSize | None,
+    experts_before: int,
+    experts_after: int,
+    pipeline_parallel_size: int,
+) -> dict[str, float | None]:
+    """The fields of `PruningSummary` that follow from the model's size."""
+    names = ("parameters_before", "parameters_after", "parameters_removed_percent")
+    if size is None:
+        return dict.fromkeys((*names, "memory_freed_bytes_per_rank"))
+    before = size.other_parameters + experts_before * size.parameters_per_expert
+    after = size.other_parameters + experts_after * size.parameters_per_expert
+    bytes_before = size.bytes_per_expert_parameter
+    bytes_after = size.bytes_per_expert_parameter_after
+    if bytes_after is None:
+        bytes_after = bytes_before
+    freed = (
+        experts_before / expert_map.expert_parallel_size_before * bytes_before
+        - experts_after / expert_map.expert_parallel_size_after * bytes_after
+    )
+    values = dict(zip(names, (before, after, 100 * (1 - after / before)), strict=True))
+    per_rank = freed * size.parameters_per_expert / pipeline_parallel_size
+    return {**values, "memory_freed_bytes_per_rank": per_rank}
 
 
 def _row(layer: LayerMap, ranks_before: int) -> LayerRow:

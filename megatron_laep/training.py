@@ -7,13 +7,14 @@ checkpoint exactly as a relaunch after a crash would::
 
     arguments parsed -> Job.start     which checkpoint, which map, are the flags sound
     model built      -> set_layer_counts, if there is a map
-    checkpoint load  -> Job.load      through the map, if it is pending
-    before iterations-> Job.begin     counters
+    checkpoint load  -> Job.loading    through the map, if it is pending
+    before iterations -> Job.begin     counters
     each iteration   -> Job.end_iteration; at the pruning iteration Job.prune, then Rebuild
 
 The loop itself is Megatron's; what is hooked, and why, is the list in ``_hooks``.
 """
 
+import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -91,8 +92,10 @@ def run(main: Callable[[], Any]) -> Any:
         What ``main`` returned the last time.
     """
     _session.inside_run = True
+    command_line = list(sys.argv)
     try:
         while True:
+            sys.argv = list(command_line)
             try:
                 return main()
             except Rebuild as rebuild:
@@ -116,6 +119,11 @@ def _hooks() -> list[Hook]:
             "megatron.training.arguments:add_megatron_arguments",
             _add_arguments,
             "show the --laep flags; scripts own their extra_args_provider",
+        ),
+        Hook(
+            "megatron.training.arguments:parse_args",
+            _parse_args,
+            "refuse --laep flags that a YAML file would drop",
         ),
         Hook(
             "megatron.training.arguments:validate_args",
@@ -169,9 +177,31 @@ def _hooks() -> list[Hook]:
 
 def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
-        return laep_config.add_arguments(original(parser))
+        parser = original(parser)
+        for action in parser._actions:
+            # megatron-core 0.19 takes this text from a docstring, with a bare percent sign, on which
+            # argparse fails for --help. Goes away with NVIDIA/Megatron-LM pull request 6211.
+            if "--moe-paged-stash-buffer-size-factor-cuda" in action.option_strings:
+                action.help = action.help.replace("10%)", "10%%)")
+        return laep_config.add_arguments(parser)
 
     return add_megatron_arguments
+
+
+def _parse_args(original):
+    def parse_args(*more, **named):
+        args = original(*more, **named)
+        given = [word for word in sys.argv[1:] if word.startswith("--laep-")]
+        if args.yaml_cfg is not None and (given or _session.config is not None):
+            raise ValueError(
+                f"--yaml-cfg {args.yaml_cfg} replaces the command line, and with it "
+                f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
+            )
+        # A YAML job does not pass by validate_args, so it could not follow a pruned checkpoint's map.
+        allow_pruned_checkpoints(args.yaml_cfg is None)
+        return args
+
+    return parse_args
 
 
 def _validate_args(original):
@@ -210,7 +240,7 @@ def _load_checkpoint(original):
             return original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
         with job.loading(ddp_model, get_args()):
             result = original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
-        job.check_loaded(result[0], get_args())
+        job.check_loaded(result[0])
         return result
 
     return load_checkpoint
@@ -242,6 +272,12 @@ def _build_metadata(original):
 def _setup_model_and_optimizer(original):
     def setup_model_and_optimizer(*more, **named):
         job = _active_job()
+        if _session.job is None and _session.config is not None and _session.config.enabled:
+            raise ValueError(
+                "megatron_laep.install(config) asks for a pruning, but the script has not called "
+                "megatron.training.arguments.parse_and_validate_args, where LAEP finds its "
+                "checkpoint; parse the arguments with it"
+            )
         if job is None:
             return original(*more, **named)
         job.agree()
@@ -328,11 +364,12 @@ def _checkpoint_and_decide_exit(original):
             iteration, model, get_args(), step=lambda: step(context), save=lambda: save(context)
         )
         if should_exit or job.config.exit_after_prune:
-            events.log("exit_after_prune", iteration=iteration)
+            events.log("exit_after_commit", iteration=iteration)
             return True
         writer = global_vars.get_tensorboard_writer()
         if writer:
             writer.close()
+        job.end()
         raise Rebuild(job.expert_map.hash, parallel.release(model))
 
     return checkpoint_and_decide_exit

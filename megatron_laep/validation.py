@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron_laep import checkpoint, planning
+from megatron_laep import planning
 from megatron_laep.checkpoint import Record
 from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap
@@ -41,8 +41,22 @@ def check_arguments(args: Namespace, config: LaepConfig) -> None:
     _check_sizes(args, config)
     if config.plan is None:
         AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
-    else:
-        read_plan(args, config)
+
+
+def check_recording(args: Namespace, config: LaepConfig) -> None:
+    """What must hold for a job that records its loads, whether it prunes or not."""
+    flag = f"--laep-record-interval {config.record_interval}"
+    if args.save is None:
+        raise ValueError(f"{flag} needs --save: the record goes to SAVE/laep; give --save FOLDER")
+    if args.num_experts is None or not moe_layer_numbers(args):
+        raise ValueError(
+            f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
+        )
+    if args.hybrid_layer_pattern is not None or args.mtp_num_layers:
+        raise ValueError(
+            f"{flag} is not supported with --hybrid-layer-pattern or --mtp-num-layers: their layers "
+            "would not be told apart; remove the flag"
+        )
 
 
 def _check_model_supported(args: Namespace, situation: str) -> None:
@@ -66,7 +80,7 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "it wants one expert count for all layers; use another type, or none",
         ),
         (
-            args.moe_router_num_groups is not None or args.moe_router_group_topk is not None,
+            args.moe_router_num_groups is not None,
             f"--moe-router-num-groups {args.moe_router_num_groups}",
             "group-limited routing makes its groups of consecutive expert ids, which a renumbering "
             "would mix; route without --moe-router-num-groups and --moe-router-group-topk",
@@ -79,8 +93,8 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
         (
             bool(args.mtp_num_layers),
             f"--mtp-num-layers {args.mtp_num_layers}",
-            "multi-token prediction layers have experts of their own, which would be neither counted "
-            "nor pruned; train without them",
+            "multi-token prediction layers have experts of their own, which would be neither "
+            "counted nor pruned; train without them",
         ),
         (
             args.hybrid_layer_pattern is not None,
@@ -107,7 +121,7 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
         (
             args.gtp_weight_remat_size > 1 or args.expert_gtp_weight_remat_size > 1,
             "--tensor-parallel-num-weight-shards (or --expert-tensor-parallel-num-weight-shards)",
-            "weights that are split further cannot be read through an expert map; leave the flag out",
+            "weights that are split further cannot be read through an expert map; leave it out",
         ),
         (
             args.moe_use_upcycling,
@@ -133,10 +147,13 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
         )
     if args.save is None:
         raise ValueError(
-            f"--laep-prune-iteration {config.prune_iteration} needs --save: the pruning goes through "
-            "a checkpoint; give --save FOLDER"
+            f"--laep-prune-iteration {config.prune_iteration} needs --save: the pruning goes "
+            "through a checkpoint; give --save FOLDER"
         )
-    graphs = "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
+    in_job = not config.exit_after_prune
+    or_relaunch = (
+        "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
+    )
     unsupported = [
         (
             args.moe_router_force_load_balancing,
@@ -147,6 +164,12 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             args.moe_router_force_biased is not None,
             f"--moe-router-force-biased {args.moe_router_force_biased}",
             "random biases say nothing about the experts; remove it",
+        ),
+        (
+            args.moe_expert_capacity_factor is not None,
+            f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor}",
+            "tokens beyond the capacity are dropped before they are counted, so busy experts would "
+            "look less busy; remove it",
         ),
         (
             args.moe_enable_routing_replay,
@@ -171,8 +194,8 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
         (
             args.rerun_mode not in ("disabled", "validate_results"),
             f"--rerun-mode {args.rerun_mode}",
-            "it runs each iteration several times, so tokens would be counted as often; use disabled "
-            "or validate_results",
+            "it runs each iteration several times, so tokens would be counted as often; use "
+            "disabled or validate_results",
         ),
         (args.skip_train, "--skip-train", "pruning is part of training; remove it"),
         (
@@ -183,24 +206,58 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
         (
             args.distrib_optim_fully_reshardable_mem_efficient and not args.use_gloo_process_groups,
             "--distrib-optim-fully-reshardable-mem-efficient without gloo groups",
-            "the pruning writes a fully reshardable checkpoint, which needs them in that mode; remove "
-            "one of --distrib-optim-fully-reshardable-mem-efficient and "
+            "the pruning writes a fully reshardable checkpoint, which needs them in that mode; "
+            "remove one of --distrib-optim-fully-reshardable-mem-efficient and "
             "--disable-gloo-process-groups",
         ),
         (
-            args.cuda_graph_impl != "none" and not config.exit_after_prune,
+            args.cuda_graph_impl != "none",
             f"--cuda-graph-impl {args.cuda_graph_impl}",
-            f"captured graphs cannot be rebuilt inside a running job; {graphs}",
+            "passes that warm a graph up would be counted, and captured graphs cannot be rebuilt "
+            "inside a running job; remove it",
         ),
         (
-            args.optimizer_cuda_graph and not config.exit_after_prune,
+            args.optimizer_cuda_graph,
             "--optimizer-cuda-graph",
-            f"captured graphs cannot be rebuilt inside a running job; {graphs}",
+            "a captured graph cannot be rebuilt inside a running job; remove it",
         ),
         (
-            args.inprocess_restart and not config.exit_after_prune,
+            args.optimizer not in ("adam", "sgd"),
+            f"--optimizer {args.optimizer}",
+            "its state was never carried through an expert map; use --optimizer adam",
+        ),
+        (
+            args.tp_comm_overlap and in_job,
+            "--tp-comm-overlap",
+            f"TransformerEngine's communication buffers cannot be made twice; {or_relaunch}",
+        ),
+        (
+            args.enable_ft_package and in_job,
+            "--enable-ft-package",
+            f"its client cannot be set up twice in a process; {or_relaunch}",
+        ),
+        (
+            args.nccl_ub and in_job,
+            "--nccl-ub",
+            f"its memory pools would outlive the groups they are registered with; {or_relaunch}",
+        ),
+        (
+            bool(args.fp8) and args.fp8_recipe == "delayed" and in_job,
+            "--fp8-recipe delayed",
+            f"TransformerEngine keeps the old model's scaling history; {or_relaunch}",
+        ),
+        (
+            args.profile
+            and args.profile_step_start <= config.prune_iteration < args.profile_step_end
+            and in_job,
+            f"--profile from iteration {args.profile_step_start} to {args.profile_step_end}",
+            "a profiler's window cannot span the rebuild; end it before --laep-prune-iteration "
+            f"{config.prune_iteration}, or start it after",
+        ),
+        (
+            args.inprocess_restart and in_job,
             "--inprocess-restart",
-            f"it wraps the training function, as the rebuild inside the job does; {graphs}",
+            f"it wraps the training function, as the rebuild inside the job does; {or_relaunch}",
         ),
     ]
     _refuse(unsupported, "together with --laep-prune-iteration")
@@ -237,8 +294,8 @@ def _training_iterations(args: Namespace) -> tuple[int, str]:
         return args.train_iters, f"--train-iters {args.train_iters}"
     if not args.train_samples:
         raise ValueError(
-            "--laep-prune-iteration needs --train-iters or --train-samples, to tell whether the job "
-            "gets there"
+            "--laep-prune-iteration needs --train-iters or --train-samples, to tell whether the "
+            "job gets there"
         )
     flag = f"--train-samples {args.train_samples}"
     if args.step_batch_size_schedule is None:
@@ -275,16 +332,16 @@ def _check_sizes(args: Namespace, config: LaepConfig) -> None:
         raise ValueError(
             f"{flag} {size}: {args.world_size} ranks do not divide by expert tensor parallel size "
             f"{args.expert_tensor_parallel_size} x expert model parallel size {size} x pipeline "
-            f"parallel size {args.pipeline_model_parallel_size} = {ranks_of_a_model}; choose a size "
-            f"that divides {args.world_size}"
+            f"parallel size {args.pipeline_model_parallel_size} = {ranks_of_a_model}; choose a "
+            "smaller size"
         )
     multiple = config.expert_multiple or size
     check_multiple(multiple, size)
     if args.num_experts % multiple:
         raise ValueError(
             f"--laep-expert-multiple {multiple} does not divide --num-experts {args.num_experts}, "
-            "so a layer from which nothing is pruned could not be rounded up to it; choose a multiple "
-            "that divides it"
+            "so a layer from which nothing is pruned could not be rounded up to it; choose a "
+            "multiple that divides it"
         )
     if size != before:
         _check_new_size(args, size, args.world_size // ranks_of_a_model)
@@ -296,8 +353,9 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
     if replicas % args.num_distributed_optimizer_instances:
         raise ValueError(
             f"{flag} leaves {replicas} replicas of each expert, which "
-            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} does "
-            "not divide; choose another size, or one instance"
+            "--num-distributed-optimizer-instances "
+            f"{args.num_distributed_optimizer_instances} does not divide; choose another size, or "
+            "one instance"
         )
     if (
         args.use_tp_pp_dp_mapping
@@ -305,27 +363,19 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
         and replicas != args.data_parallel_size
     ):
         raise ValueError(
-            f"{flag} leaves {replicas} replicas of each expert and {args.data_parallel_size} of the "
-            "other weights, which --use-tp-pp-dp-mapping wants to be equal; remove it, or keep the size"
+            f"{flag} leaves {replicas} replicas of each expert and {args.data_parallel_size} of "
+            "the other weights, which --use-tp-pp-dp-mapping wants to be equal; remove it, or keep "
+            "the size"
         )
     if args.overlap_moe_expert_parallel_comm and size == 1:
         raise ValueError(
-            f"{flag} leaves nothing for --overlap-moe-expert-parallel-comm to overlap, which Megatron "
-            "refuses; remove it, or choose a size of at least 2"
-        )
-    if (size == 1) != (args.expert_model_parallel_size == 1) and args.optimizer not in (
-        "adam",
-        "sgd",
-    ):
-        raise ValueError(
-            f"--optimizer {args.optimizer}: its state cannot be carried from "
-            f"--expert-model-parallel-size {args.expert_model_parallel_size} to {flag}; keep the size, "
-            "or use adam"
+            f"{flag} leaves nothing for --overlap-moe-expert-parallel-comm to overlap, which "
+            "Megatron refuses; remove it, or choose a size of at least 2"
         )
 
 
 def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
-    """The map of ``--laep-plan``, checked against the job. It keeps the date that it was made on."""
+    """The map of ``--laep-plan``, checked against the job; it says when *it* was made."""
     path = Path(config.plan)
     try:
         expert_map = ExpertMap.from_json(path.read_text())
@@ -345,26 +395,15 @@ def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
     return expert_map
 
 
-def check_start(
-    record: Record | None, config: LaepConfig, where: object, args: Namespace | None = None
-) -> None:
+def check_start(record: Record | None, config: LaepConfig, where: object) -> None:
     """Whether the job can go on from its checkpoint the way its flags say.
 
     Args:
-        record: of the checkpoint that will be loaded; None for a start from scratch, and for a
-            checkpoint whose format is not ``torch_dist``.
+        record: of the checkpoint that will be loaded; None for a start from scratch.
         config: the LAEP settings, ``config.enabled``.
-        where: the checkpoint, for messages; None for a start from scratch.
-        args: Megatron's arguments; tell whether the job counts on from the checkpoint's iteration.
+        where: the checkpoint, for messages.
     """
-    starts_over = args is not None and checkpoint.starts_over(args, where)
     if record is None:
-        if args is not None and where is not None and not starts_over:
-            raise ValueError(
-                f"{where} is not in --ckpt-format torch_dist, so --laep-prune-iteration "
-                f"{config.prune_iteration} cannot be compared with its iteration; convert it first "
-                "(--ckpt-convert-format torch_dist), or start over from it with --finetune"
-            )
         return
     if record.expert_map is not None:
         if record.expert_map.iteration != config.prune_iteration:
@@ -374,13 +413,11 @@ def check_start(
                 f"supported: give --laep-prune-iteration {record.expert_map.iteration} to go on"
             )
         return
-    if starts_over:
-        return
     if record.iteration >= config.prune_iteration:
         raise ValueError(
             f"{where} is at iteration {record.iteration} and was not pruned, but "
-            f"--laep-prune-iteration {config.prune_iteration} is past; choose a later iteration, or "
-            "start from an earlier checkpoint with --ckpt-step"
+            f"--laep-prune-iteration {config.prune_iteration} is past; choose a later iteration, "
+            "or start from an earlier checkpoint with --ckpt-step"
         )
     start = config.prune_iteration - config.resolved_window()
     if record.iteration > start and (record.window is None or record.window.start != start):
@@ -398,6 +435,7 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
 
     Also for jobs without ``--laep`` flags that open a pruned checkpoint.
     """
+    _check_model_supported(args, f"in a model that was pruned ({where})")
     expert_map = record.expert_map
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()
     if expert_map.layer_numbers != numbers:
@@ -415,9 +453,9 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
     if args.moe_router_topk > min(layer.experts_after for layer in expert_map.layers):
         smallest = min(expert_map.layers, key=lambda layer: layer.experts_after)
         raise ValueError(
-            f"--moe-router-topk {args.moe_router_topk}, but layer {smallest.layer_number} of {where} "
-            f"keeps {smallest.experts_after} experts; give --moe-router-topk {expert_map.top_k} or "
-            f"at most {smallest.experts_after}"
+            f"--moe-router-topk {args.moe_router_topk}, but layer {smallest.layer_number} of "
+            f"{where} keeps {smallest.experts_after} experts; give --moe-router-topk "
+            f"{expert_map.top_k} or at most {smallest.experts_after}"
         )
     size = args.expert_model_parallel_size
     for layer in expert_map.layers:

@@ -12,7 +12,7 @@ ITERATION = re.compile(
     r".*lm loss: (?P<loss>\S+) .*grad norm: (?P<norm>\S+)"
 )
 SHOWN = re.compile(
-    r"laep event=(?!load )|validation loss|successfully saved|Error|error:|Traceback|^\[rank\d+\]:"
+    r"laep event=(?!load |theoretical_memory)|validation loss|successfully saved|Error|error:|Traceback|^\[rank\d+\]:"
 )
 # The pruning table follows an empty log line of the package, up to its last total.
 TABLE_START, TABLE_END = re.compile(r"^\[[^]]+\] $"), re.compile(r"^memory freed per rank")

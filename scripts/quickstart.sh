@@ -59,7 +59,8 @@ prepare_corpus() {
         return
     fi
     say "corpus: the Python standard library's own sources, as bytes"
-    "$VENV_PYTHON" "$REPOSITORY/scripts/prepare_data.py" --stdlib --output-prefix "$DATA_PREFIX"
+    # Megatron warns at import about GPU kernels that a CPU has no use for.
+    PYTHONWARNINGS=ignore "$VENV_PYTHON" "$REPOSITORY/scripts/prepare_data.py" --stdlib --output-prefix "$DATA_PREFIX"
 }
 
 # The run directory holds one run: what it was started with is written there, and compared. The file

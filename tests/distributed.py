@@ -205,7 +205,9 @@ def run_batch(
     with tempfile.TemporaryDirectory(prefix="megatron-batch-") as scratch:
         path = Path(scratch) / "jobs.json"
         path.write_text(
-            json.dumps([{"laep": laep, "args": list(map(str, args))} for laep, args in jobs.values()])
+            json.dumps(
+                [{"laep": laep, "args": list(map(str, args))} for laep, args in jobs.values()]
+            )
         )
         whole = run_megatron(
             [PRETRAIN_GPT],

@@ -8,7 +8,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
-PURE = ("config", "expert_map", "placement", "planning", "pruning", "summary")
+PURE = (
+    "config",
+    "expert_map",
+    "load_log",
+    "load_recorder",
+    "placement",
+    "planning",
+    "pruning",
+    "stability",
+    "summary",
+    "cost_inputs",
+    "cost_model",
+    "tools.__main__",
+    "tools.inspect",
+    "tools.options",
+    "tools.plan",
+    "tools.simulate",
+    "tools.stability",
+    "tools.sweep",
+)
 MAX_LINES = 500
 NOT_SOURCE = {".git", ".venv", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache"}
 

@@ -25,7 +25,7 @@ def test_all_flags_arrive():
         *("--laep-prune-iteration", "2000", "--laep-window", "50", "--laep-alpha", "0.2:1-3"),
         *("--laep-beta", "0.05", "--laep-expert-multiple", "8", "--laep-placement", "none"),
         *("--laep-expert-model-parallel-size", "4", "--laep-plan", "plan.json"),
-        "--laep-exit-after-prune",
+        *("--laep-exit-after-prune", "--laep-record-interval", "25"),
     )
     assert config == LaepConfig(
         prune_iteration=2000,
@@ -37,6 +37,7 @@ def test_all_flags_arrive():
         expert_model_parallel_size=4,
         plan="plan.json",
         exit_after_prune=True,
+        record_interval=25,
     )
     assert config.enabled
     config.validate()

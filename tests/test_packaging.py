@@ -24,7 +24,12 @@ PACKAGE = ROOT / "megatron_laep"
 CONFIGS = sorted((ROOT / "configs").glob("*.args"))
 SHELL_SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 # The modules that work without torch and Megatron: what `pip install megatron-laep` alone must run.
-PURE = ("__init__", "config", "expert_map", "pruning", "placement", "planning", "summary")
+PURE = (
+    *("__init__", "config", "expert_map", "pruning", "placement", "planning", "summary"),
+    *("load_log", "load_recorder", "stability"),
+    *("tools/__main__", "tools/inspect", "tools/options", "tools/plan"),
+    *("tools/stability", "tools/sweep"),
+)
 
 
 def setup_values() -> dict:

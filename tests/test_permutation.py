@@ -19,7 +19,11 @@ from megatron_laep import ExpertMap
 ITERATIONS, PRUNE = 14, 6
 LAYERS, EXPERTS = range(1, 5), 8
 TOP_1 = {"moe_router_topk": 1, "moe_router_score_function": "sigmoid"}
-SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+SHARDED = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
 
 # The gradient norm is the root of a float32 sum of squares; in another order its last bits may differ.
 ORDER_OF_SUM = 4 * 2.0**-24
@@ -58,9 +62,7 @@ def permutation(expert_parallel_size: int, top_k: int = 1) -> ExpertMap:
 
 
 def identity(expert_parallel_size: int) -> ExpertMap:
-    return ExpertMap.identity(
-        LAYERS, EXPERTS, expert_parallel_size=expert_parallel_size, top_k=1
-    )
+    return ExpertMap.identity(LAYERS, EXPERTS, expert_parallel_size=expert_parallel_size, top_k=1)
 
 
 def assert_same_run(

@@ -6,12 +6,15 @@ One reference run prunes inside the job; everything else is compared with it, lo
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from distributed import LAEP, ON_CPU, TESTS, RunResult, run_megatron, tiny_arguments
-from megatron_laep import ExpertMap
+
+from megatron_laep import ExpertMap, load_log
 
 # Saves at 4 (inside the window of iterations 3 to 6), 6 (the pruning), 8 and 12.
 ITERATIONS, WINDOW, PRUNE, SAVE_INTERVAL = 14, 4, 6, 4
@@ -50,6 +53,7 @@ def flags(folder: Path, **more) -> list[str]:
             "laep_window": WINDOW,
             "laep_alpha": 1.0,
             "laep_beta": 0.5,
+            "laep_record_interval": 2,
             **more,
         },
     )
@@ -104,6 +108,70 @@ def test_what_the_user_sees(run) -> None:
     assert [list(layer.loads) for layer in run.expert_map.layers] == loads["tokens"]
 
 
+def laep(*arguments) -> dict:
+    """What an offline tool prints for a program, run in a process without the CPU platform."""
+    command = [sys.executable, "-m", "megatron_laep.tools", *map(str, arguments), "--json"]
+    done = subprocess.run(
+        command, cwd=TESTS.parent, capture_output=True, text=True, timeout=120, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_the_offline_plan_is_the_plan_of_the_job(run) -> None:
+    loads = run.folder / "laep" / f"iter_{PRUNE:07d}" / "loads.json"
+    rules = ("--alpha", "1.0", "--beta", "0.5", "--top-k", "1", "--ep", "2")
+    assert laep("plan", loads, *rules)["expert_map_hash"] == run.expert_map.hash
+
+
+def test_inspect_of_its_checkpoints(run) -> None:
+    kept = [layer.experts_after for layer in run.expert_map.layers]
+    found = {i: laep("inspect", run.folder / f"iter_{i:07d}") for i in (4, PRUNE, 8)}
+    assert [item["map_state"] for item in found.values()] == ["none", "pending", "applied"]
+    assert [item["iteration"] for item in found.values()] == [4, PRUNE, 8]
+    for iteration, in_checkpoint, in_model in (
+        (4, [8] * 4, [8] * 4),
+        (PRUNE, [8] * 4, kept),
+        (8, kept, kept),
+    ):
+        layers = found[iteration]["layers"]
+        assert [layer["experts_in_checkpoint"] for layer in layers] == in_checkpoint
+        assert [layer["experts_in_model"] for layer in layers] == in_model
+    assert found[8]["lineage"] == [run.expert_map.hash]
+    assert found[8]["layers"][0]["lineage"] == list(run.expert_map.layers[0].kept)
+    # Per expert: fc1 64 x 32, fc2 32 x 32.
+    assert found[4]["expert_parameters"] == 4 * 8 * 3072
+    assert found[8]["expert_parameters"] == sum(kept) * 3072
+    gone = found[4]["parameters"] - found[8]["parameters"]
+    assert gone == (32 - sum(kept)) * (3072 + 32), "with its row of the router"
+    assert laep("inspect", run.folder)["iteration"] == ITERATIONS
+
+
+def test_the_loads_are_recorded(run) -> None:
+    folder = run.folder / "laep"
+    full = load_log.read(folder / "loads-full.bin")
+    pruned = load_log.read(folder / f"loads-{run.expert_map.short_hash}.bin")
+    assert list(full.last_iterations) == [2, 4, 6] and list(full.first_iterations) == [1, 3, 5]
+    assert list(pruned.last_iterations) == [8, 10, 12, 14]
+    # The pruning window is iterations 3 to 6: the last two that were recorded.
+    assert [tuple(row) for row in full.last(2)] == [layer.loads for layer in run.expert_map.layers]
+    kept = tuple(layer.experts_after for layer in run.expert_map.layers)
+    assert pruned.expert_counts == kept and pruned.lineage == (run.expert_map.hash,)
+    assert {int(row.sum()) for row in pruned.window(0)} == {2 * 8 * 64}
+
+
+def test_a_job_that_does_not_prune_can_be_recorded(run, tmp_path) -> None:
+    result = run_megatron(
+        stock_flags(tmp_path, train_iters=4, laep_record_interval=2), 2, launcher=LAEP, timeout=240
+    )
+    assert result.exact == {i: run.result.exact[i] for i in range(1, 5)}
+    mine, reference = (
+        load_log.read(folder / "laep" / "loads-full.bin") for folder in (tmp_path, run.folder)
+    )
+    assert [row.tolist() for row in mine.last(2)] == [
+        (a + b).tolist() for a, b in zip(reference.window(0), reference.window(1), strict=True)
+    ]
+
+
 def test_pruned_equals_masked(run, tmp_path) -> None:
     """Oracle 2. The pending checkpoint is an ordinary one: stock Megatron opens it as the full model."""
     folder = pending_copy(tmp_path / "masked", run)
@@ -116,9 +184,7 @@ def test_pruned_equals_masked(run, tmp_path) -> None:
         pruned_loss, pruned_norm = run.result.exact[iteration]
         assert loss == pruned_loss
         # The same squares and some zeros, summed in another order.
-        assert math.isclose(
-            float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24
-        )
+        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24)
 
 
 @pytest.mark.parametrize(
@@ -168,11 +234,38 @@ def test_a_pruned_checkpoint_does_not_open_without_the_launcher(run) -> None:
 
 def test_a_pruned_checkpoint_opens_without_laep_flags(run) -> None:
     result = run_megatron(
-        stock_flags(run.folder, save=None, save_interval=None, train_iters=ITERATIONS + 2),
+        stock_flags(
+            run.folder,
+            save=None,
+            save_interval=None,
+            train_iters=ITERATIONS + 2,
+            use_checkpoint_opt_param_scheduler=True,
+        ),
         2,
         launcher=LAEP,
     )
     assert set(result.exact) == {ITERATIONS + 1, ITERATIONS + 2}
+
+
+def test_a_job_that_began_elsewhere_goes_on_from_its_own_folder(run, tmp_path) -> None:
+    """--load and --ckpt-step belong to the first start; the same command later continues."""
+    command = flags(
+        tmp_path, load=run.folder, ckpt_step=SAVE_INTERVAL, exit_interval=2 * SAVE_INTERVAL
+    )
+    first = run_megatron(command, 2, launcher=LAEP, timeout=240)
+    assert set(first.exact) == set(range(SAVE_INTERVAL + 1, 2 * SAVE_INTERVAL + 1))
+    second = run_megatron(command, 2, launcher=LAEP, timeout=240)
+    run.assert_continues(second, after=2 * SAVE_INTERVAL)
+
+
+def test_an_empty_tracker_file_is_not_taken_for_success(run, tmp_path) -> None:
+    """What Megatron leaves if it is killed while it writes the file."""
+    folder = pending_copy(tmp_path / "empty", run)
+    (folder / "latest_checkpointed_iteration.txt").write_text("")
+    result = run_megatron(flags(folder), 2, launcher=LAEP, check=False)
+    assert all(result.returncodes)
+    for log in result.logs:
+        assert "leaves it empty. Write the iteration" in log
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,331 @@
+"""The record of a run's loads: one append-only file of fixed-size records.
+
+The recorder of a job appends one record a window to ``<save>/laep/loads-<name>.bin``; the tools
+read it back, also while the job runs. ``<name>`` is ``full`` for the model as it was started and
+the first 12 digits of the map's hash for a pruned one: another number of experts is another file.
+The JSON beside it, ``loads-<name>.json``, says what the rows and columns mean (``LoadLogHeader``).
+
+**Format.** Plain little-endian records, so that numpy opens the file without this package::
+
+    header = json.load(open("loads-full.json"))
+    dtype = [(name, code, tuple(shape)) for name, code, shape in header["dtype"]]
+    records = np.fromfile("loads-full.bin", dtype)
+    records["tokens"]                                  # int64 [windows, layers, experts]
+    pandas.DataFrame({"last": records["last"], "sum": records["tokens"].sum((1, 2))})
+
+A record holds the window's first and last iteration (``first``, ``last``, both included), the
+expert-parallel size it was counted under, a CRC-32 of everything else in it, and the tokens of all
+ranks. Fixed-size records because a torn one is then told from a whole one by arithmetic and a
+CRC, nothing has to be rewritten when one is added, and a record that was damaged costs one window.
+
+**Per rank.** Rank r of R expert-parallel ranks holds columns ``r * E // R`` to ``(r + 1) * E //
+R`` of a layer with E experts, and a pruned model's columns are its *new* expert ids: so the load
+of a rank is a sum of columns (``load_log.LoadLog.rank_tokens``) and is not stored a second time.
+
+**Crashes.** A record is written with one call and synced to the disk. What a crash leaves half
+written is at the end of the file: the reader skips it with a warning, the writer cuts it off. A
+job that resumes from an earlier checkpoint trains some iterations again, and appends their windows
+again. Nothing is erased for that: a record *supersedes* every record before it in the file that
+ends at or after its first iteration, and the reader leaves the superseded ones out. So a read log
+is ascending and without overlaps; there may be gaps.
+
+Shape suffixes: L MoE layers, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_LOGGER = logging.getLogger(__name__)
+
+FORMAT = "megatron_laep loads"
+VERSION = 1
+_PREFIX_BYTES = 20  # first, last, expert_parallel_size: what stands before the CRC
+_CRC_BYTES = 4
+_KEYS = ("layer_numbers", "expert_counts", "top_k", "interval", "lineage", "original_ids")
+
+
+@dataclass(frozen=True)
+class LoadLogHeader:
+    """What is the same for all windows of a file.
+
+    layer_numbers: Megatron's 1-based numbers of the MoE layers, ascending; the rows of ``tokens``.
+    expert_counts: experts of each of these layers.
+    top_k: experts that the router picks for a token.
+    interval: iterations of a window (--laep-record-interval) when the file was begun. A window that
+        a restart cut short says so by its first iteration.
+    lineage: full hashes of the maps that made this model out of the original one, oldest first; ()
+        for the original model.
+    original_ids: for each layer, the original model's id of each column; () for the original model.
+    """
+
+    layer_numbers: tuple[int, ...]
+    expert_counts: tuple[int, ...]
+    top_k: int
+    interval: int
+    lineage: tuple[str, ...] = ()
+    original_ids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("layer_numbers", "expert_counts"):
+            values = checked_integers(getattr(self, name), name, minimum=1)
+            object.__setattr__(self, name, values)
+        for name in ("top_k", "interval"):
+            object.__setattr__(
+                self, name, checked_integers([getattr(self, name)], name, minimum=1)[0]
+            )
+        if not isinstance(self.lineage, list | tuple) or not isinstance(
+            self.original_ids, list | tuple
+        ):
+            raise ValueError("lineage and original_ids must be lists")
+        if not all(isinstance(text, str) and len(text) >= 12 for text in self.lineage):
+            raise ValueError(f"lineage must be a list of map hashes, got {list(self.lineage)!r}")
+        object.__setattr__(self, "lineage", tuple(self.lineage))
+        ids = tuple(checked_integers(row, "original_ids", minimum=0) for row in self.original_ids)
+        object.__setattr__(self, "original_ids", ids)
+        numbers, counts = self.layer_numbers, self.expert_counts
+        if not numbers or list(numbers) != sorted(set(numbers)):
+            raise ValueError(f"layer_numbers must be ascending, got {list(numbers)}")
+        if len(counts) != len(numbers):
+            raise ValueError(f"{len(counts)} expert_counts for {len(numbers)} layer_numbers")
+        if ids and tuple(map(len, ids)) != counts:
+            raise ValueError("original_ids must have one id for each expert of each layer")
+
+    @property
+    def stem(self) -> str:
+        """The name of the two files, without ending."""
+        return "loads-" + (self.lineage[-1][:12] if self.lineage else "full")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """One record of the file."""
+        return np.dtype([(name, code, tuple(shape)) for name, code, shape in self._fields()])
+
+    def _fields(self) -> list[tuple[str, str, list[int]]]:
+        return [
+            ("first", "<i8", []),
+            ("last", "<i8", []),
+            ("expert_parallel_size", "<u4", []),
+            ("crc32", "<u4", []),
+            ("tokens", "<i8", [len(self.layer_numbers), max(self.expert_counts)]),
+        ]
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-able dict, with the format's name and version and the record's dtype."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": [list(field) for field in self._fields()],
+            "record_bytes": self.dtype.itemsize,
+            **{name: getattr(self, name) for name in _KEYS},
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, object]) -> LoadLogHeader:
+        """The value that ``to_dict`` wrote. Errors: ValueError for another version or damage."""
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"it has version {data.get('version')!r}, this megatron_laep reads {VERSION}: use "
+                "the version that wrote it"
+            )
+        missing = [name for name in _KEYS if name not in data]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}: restore the file")
+        header = LoadLogHeader(**{name: data[name] for name in _KEYS})
+        if data.get("dtype") != [list(field) for field in header._fields()]:
+            raise ValueError("its dtype does not fit its layers and experts: restore the file")
+        return header
+
+
+class LoadLogWriter:
+    """Appends windows to the log of one model. For one process of the job, global rank 0.
+
+    folder: ``<save>/laep``; made if it is not there.
+    header: of the model that is trained now. If its file exists, the windows are appended to it,
+        after a torn tail was cut off with a warning.
+
+    Errors: ValueError if the file that is there is of another model; OSError from the disk. A
+    failed ``append`` leaves the file as it was before, so that a job may log the error and go on.
+    """
+
+    def __init__(self, folder: Path, header: LoadLogHeader) -> None:
+        self._header = header
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{header.stem}.bin"
+        json_path = self.path.with_suffix(".json")
+        if json_path.exists():
+            _check_same_model(read_header(json_path), header, json_path)
+        else:
+            # First, so that there is no moment with records and without their meaning.
+            _write_synced(json_path, json.dumps(header.to_dict()) + "\n")
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._end = self._whole_bytes()
+            if os.fstat(self._file).st_size != self._end:
+                _LOGGER.warning(
+                    "%s: cut off %d bytes of an incomplete record, left by a crash",
+                    self.path,
+                    os.fstat(self._file).st_size - self._end,
+                )
+                os.ftruncate(self._file, self._end)
+                os.fsync(self._file)
+            _sync_folder(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _whole_bytes(self) -> int:
+        """Length of the file up to its last sound record."""
+        sound = sound_records(self.path.read_bytes(), self._header.dtype)[1]
+        return (
+            (int(np.flatnonzero(sound)[-1]) + 1) * self._header.dtype.itemsize if any(sound) else 0
+        )
+
+    def append(
+        self,
+        first: int,
+        last: int,
+        tokens_LE: Sequence[Sequence[int]],
+        *,
+        expert_parallel_size: int,
+    ) -> None:
+        """Writes one window and waits until it is on the disk.
+
+        first, last: the window's iterations, both included.
+        tokens_LE: for each layer of the header tokens of each expert, all ranks' tokens, integers.
+        expert_parallel_size: ranks that the experts were spread over.
+
+        Errors: ValueError for loads of another model, OSError if the disk is full.
+        """
+        header = self._header
+        if not 1 <= first <= last:
+            raise ValueError(f"a window from iteration {first} to {last} is none")
+        if [len(row) for row in tokens_LE] != list(header.expert_counts):
+            raise ValueError(
+                f"{self.path}: loads of {[len(row) for row in tokens_LE]} experts, the file is for "
+                f"{list(header.expert_counts)}"
+            )
+        record = np.zeros((), header.dtype)
+        record["first"], record["last"] = first, last
+        record["expert_parallel_size"] = expert_parallel_size
+        for row, tokens_E in enumerate(tokens_LE):
+            record["tokens"][row, : len(tokens_E)] = token_counts(
+                tokens_E, f"layer {header.layer_numbers[row]}"
+            )
+        record["crc32"] = _crc32(record.tobytes())
+        try:
+            pending = memoryview(record.tobytes())
+            position = self._end
+            while pending:
+                written = os.pwrite(self._file, pending, position)
+                pending, position = pending[written:], position + written
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._end)
+            raise
+        self._end = position
+
+    def close(self) -> None:
+        """Closes the file. More than once is fine."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> LoadLogWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def token_counts(values: object, where: str) -> np.ndarray:
+    """Token counts as int64 [E]; ValueError for anything else, zeros allowed."""
+    try:
+        counts = np.asarray(values)
+    except ValueError:
+        counts = np.empty((0, 0))
+    if counts.ndim != 1:
+        raise ValueError(f"{where}: loads must be one list of token counts")
+    if counts.dtype.kind == "f" and np.isnan(counts).any():
+        raise ValueError(f"{where}: the load of expert {int(np.isnan(counts).argmax())} is NaN")
+    if counts.size and (counts.dtype.kind not in "iu" or counts.max() >= 2**63):
+        raise ValueError(f"{where}: loads must be 64-bit integer token counts")
+    if counts.size and counts.min() < 0:
+        expert = int(counts.argmin())
+        raise ValueError(f"{where}: the load of expert {expert} is negative: {counts[expert]}")
+    return counts.astype(np.int64)
+
+
+def checked_integers(values: object, what: str, minimum: int) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{what} must be a list of integers, got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+            raise ValueError(f"{what} must be integers of at least {minimum}, got {value!r}")
+        if value >= 2**62:
+            raise ValueError(f"{what}: {value} is more than 64-bit integers hold")
+    return tuple(int(value) for value in values)
+
+
+def _crc32(record: bytes) -> int:
+    return zlib.crc32(record[_PREFIX_BYTES + _CRC_BYTES :], zlib.crc32(record[:_PREFIX_BYTES]))
+
+
+def sound_records(data: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The whole records of a file, and for each whether its checksum and iterations are right."""
+    records = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)
+    sound = np.array(
+        [
+            record["crc32"] == _crc32(record.tobytes()) and 1 <= record["first"] <= record["last"]
+            for record in records
+        ],
+        dtype=bool,
+    )
+    return records, sound
+
+
+def read_header(path: Path) -> LoadLogHeader:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError("it is not the header of a load log")
+        return LoadLogHeader.from_dict(data)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: without it the records have no meaning") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_same_model(found: LoadLogHeader, wanted: LoadLogHeader, path: Path) -> None:
+    for name in ("layer_numbers", "expert_counts", "top_k", "lineage", "original_ids"):
+        if getattr(found, name) != getattr(wanted, name):
+            raise ValueError(
+                f"{path} is of another model: its {name} is {getattr(found, name)}, this job's "
+                f"{getattr(wanted, name)}. Use another --save, or move the file away"
+            )
+
+
+def _write_synced(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, and waits for the disk."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

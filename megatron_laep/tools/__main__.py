@@ -1,0 +1,59 @@
+"""Entry of the command line: finds the subcommand, turns errors into sentences and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import megatron_laep
+
+# Modules of this folder with an `add_parser`, in the order of the help text.
+COMMANDS = ("inspect", "plan", "sweep", "stability", "simulate", "report")
+_USER_ERROR = 2  # as argparse's own
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands that this installation has."""
+    parser = argparse.ArgumentParser(
+        prog="laep",
+        description="Look at recorded expert loads, and try a pruning plan before it costs "
+        "anything. Works offline, on files of a job or on its checkpoints.",
+    )
+    parser.add_argument("--version", action="version", version=f"laep {megatron_laep.__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = f"megatron_laep.tools.{name}"
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module).add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, or 2 for input that no answer can rest on."""
+    # Warnings of the package (a torn record was skipped) belong to the user, not into the product.
+    logging.basicConfig(format="laep: %(levelname)s: %(message)s", stream=sys.stderr)
+    args = build_parser().parse_args(argv)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Somebody closed the pipe, for example `laep sweep ... | head`. Python would complain about
+        # it once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"laep: {where}{error.strerror or error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"laep: {error}", file=sys.stderr)
+    return _USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""``laep inspect``: what an expert map, a job's ``laep`` folder, a log or a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from megatron_laep import load_log
+from megatron_laep.expert_map import ExpertMap
+from megatron_laep.load_log import LoadLog
+from megatron_laep.load_recorder import FORMAT
+from megatron_laep.tools import options
+
+_TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, in the folder of --save
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="experts per layer, map state, lineage and sizes",
+        description="Tells what a file or folder holds. Only a checkpoint needs torch and "
+        "Megatron-Core; the rest needs numpy.",
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="an expert map (JSON), a folder SAVE/laep, recorded loads, a checkpoint "
+        "(SAVE/iter_NNNNNNN), or SAVE for its latest checkpoint",
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Finds out what PATH is, and prints it."""
+    found = describe(Path(args.path))
+    if args.json:
+        options.print_json(found)
+    else:
+        print(format_description(found))
+    return 0
+
+
+def describe(path: Path) -> dict[str, object]:
+    """A JSON-able description of what is at ``path``; its ``kind`` says what it is.
+
+    Errors: ValueError if it is nothing of ours, or damaged.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder")
+    if path.is_dir():
+        return _describe_folder(path)
+    if path.suffix == ".bin":
+        return describe_log(load_log.read(path))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is neither JSON nor a log of loads (loads-*.bin)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON, or it was cut off: {error}") from None
+    if isinstance(data, dict) and (data.get("format") == FORMAT or "tokens" in data):
+        return describe_log(load_log.read(path))
+    return {"path": str(path), **describe_map(read_map(path))}
+
+
+def _describe_folder(path: Path) -> dict[str, object]:
+    if (path / "metadata.json").exists():
+        return _describe_checkpoint(path)
+    tracker = path / _TRACKER
+    if tracker.exists():
+        return _describe_checkpoint(path / _checkpoint_name(tracker))
+    folder = path / "laep" if (path / "laep").is_dir() else path
+    maps = sorted([*folder.glob("iter_*/map.json"), *folder.glob("map.json")])
+    logs = load_log.find_logs(folder)
+    if not maps and not logs:
+        raise ValueError(
+            f"{path} holds no checkpoint ({_TRACKER} or metadata.json), no recorded loads "
+            "(loads-*.bin) and no expert maps (iter_*/map.json)"
+        )
+    return {
+        "kind": "folder",
+        "path": str(folder),
+        "logs": [describe_log(load_log.read(log)) for log in logs],
+        "maps": [{"path": str(item), **describe_map(read_map(item))} for item in maps],
+    }
+
+
+def _checkpoint_name(tracker: Path) -> str:
+    iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if iteration == "release":
+        return iteration
+    if not (iteration.isascii() and iteration.isdigit()):
+        raise ValueError(
+            f"{tracker} names no iteration, but {iteration!r}: name a checkpoint folder"
+        )
+    return f"iter_{int(iteration):07d}"
+
+
+def _describe_checkpoint(path: Path) -> dict[str, object]:
+    try:
+        # Megatron warns about every optional library that this machine does not have.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron_laep.tools.checkpoint_facts import describe_checkpoint
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a checkpoint, and to read one torch and Megatron-Core are needed "
+            f"({error.name or error} is missing): run it where the job runs, or look at the maps "
+            f"in {path.parent / 'laep'}, which needs neither"
+        ) from None
+    return describe_checkpoint(path)
+
+
+def read_map(path: Path) -> ExpertMap:
+    """An expert map from its file. Errors: ValueError that names the file."""
+    try:
+        return ExpertMap.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def describe_map(expert_map: ExpertMap) -> dict[str, object]:
+    """The facts of a map; ``lineage`` of a layer: the ids before, in their new order."""
+    return {
+        "kind": "expert map",
+        "hash": expert_map.hash,
+        "iteration": expert_map.iteration,
+        "rules": {
+            name: getattr(expert_map, name)
+            for name in ("alpha", "beta", "expert_multiple", "placement", "top_k")
+        },
+        "expert_parallel_size_before": expert_map.expert_parallel_size_before,
+        "expert_parallel_size_after": expert_map.expert_parallel_size_after,
+        "layers": [
+            {
+                "layer_number": layer.layer_number,
+                "experts_before": layer.experts_before,
+                "experts_after": layer.experts_after,
+                "experts_per_rank": list(layer.experts_per_rank),
+                "lineage": list(layer.kept),
+            }
+            for layer in expert_map.layers
+        ],
+    }
+
+
+def describe_log(log: LoadLog) -> dict[str, object]:
+    """The facts of recorded loads, over all of their windows."""
+    totals_LE = log.rows(log.tokens_WLE.sum(axis=0))
+    return {
+        "kind": "recorded loads",
+        "path": log.source,
+        "windows": log.num_windows,
+        "first_iteration": int(log.first_iterations[0]),
+        "last_iteration": int(log.last_iterations[-1]),
+        "top_k": log.top_k,
+        "expert_parallel_size": log.expert_parallel_size,
+        "lineage": list(log.lineage),
+        "layers": [
+            {
+                "layer_number": number,
+                "experts": tokens_E.size,
+                "tokens": int(tokens_E.sum()),
+                "busiest_expert_over_mean": _over_mean(tokens_E),
+                "experts_without_token": int((tokens_E == 0).sum()),
+            }
+            for number, tokens_E in zip(log.layer_numbers, totals_LE, strict=True)
+        ],
+    }
+
+
+def _over_mean(tokens_E: np.ndarray) -> float | None:
+    return float(tokens_E.max() / tokens_E.mean()) if tokens_E.any() else None
+
+
+def format_description(found: dict[str, object]) -> str:
+    """The same for people."""
+    if found["kind"] == "folder":
+        parts = [format_description(item) for item in [*found["logs"], *found["maps"]]]
+        return "\n\n".join(parts)
+    facts = []
+    for name, value in found.items():
+        if name == "layers":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = " -> ".join(map(str, value)) or "original model"
+        elif isinstance(value, int):
+            value = f"{value:,}" if value >= 10**6 else value
+        facts.append((name.replace("_", " "), "not recorded" if value is None else value))
+    head = tabulate(facts, tablefmt="plain", disable_numparse=True)
+    layers = [
+        {name.replace("_", " "): _cell(value) for name, value in layer.items()}
+        for layer in found["layers"]
+    ]
+    table = tabulate(layers, headers="keys", disable_numparse=True, stralign="right")
+    return f"{head}\n\n{table}"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if isinstance(value, list):
+        # Long lists in full are for --json.
+        head = " ".join(map(str, value[:8]))
+        return head if len(value) <= 8 else f"{head} ... ({len(value)})"
+    return str(value)

@@ -1,0 +1,205 @@
+"""Options and output that several subcommands share: which loads, which rules, which model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from megatron_laep import load_log
+from megatron_laep.config import PLACEMENTS, LaepConfig
+from megatron_laep.load_log import LoadLog
+from megatron_laep.summary import ModelSize
+
+_DEFAULTS = LaepConfig()
+# bf16 weight, fp32 gradient, fp32 master weight and two fp32 Adam moments, shared with nobody.
+BYTES_PER_PARAMETER = 2 + 4 + 4 + 4 + 4
+
+
+def add_loads(parser: argparse.ArgumentParser) -> None:
+    """LOADS and what it may lack; read with ``read_loads``."""
+    parser.add_argument(
+        "loads",
+        metavar="LOADS",
+        help="recorded loads: a log (loads-*.bin) or the folder that holds it, a job's "
+        "laep/iter_*/loads.json, or JSON of windows",
+    )
+    parser.add_argument(
+        "--until",
+        type=int,
+        metavar="N",
+        help="take only the windows that ended at iteration N or before",
+    )
+
+
+def read_loads(args: argparse.Namespace) -> LoadLog:
+    """The loads that the arguments of ``add_loads`` name."""
+    log = load_log.read(args.loads)
+    return log if args.until is None else log.until(args.until)
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """How many windows the plan rests on; a command that makes plans."""
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=1,
+        metavar="K",
+        help="plan on the tokens of the last K recorded windows together (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="experts per token, where the file does not say"
+    )
+    parser.add_argument(
+        "--ep-before",
+        type=int,
+        metavar="R",
+        help="expert-parallel size that the loads were recorded with, where the file does not say "
+        "(default then: the size after pruning)",
+    )
+
+
+def add_rounding(parser: argparse.ArgumentParser) -> None:
+    """The rules besides alpha and beta, as in the flags of a job."""
+    parser.add_argument(
+        "--expert-multiple",
+        type=int,
+        metavar="M",
+        help="round the experts that a layer keeps up to a multiple of M (default: the "
+        "expert-parallel size after pruning)",
+    )
+    parser.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default=_DEFAULTS.placement,
+        help=f"as --laep-placement (default: {_DEFAULTS.placement})",
+    )
+
+
+def add_alpha_and_beta(parser: argparse.ArgumentParser) -> None:
+    """The rule of Algorithm 1, one value each."""
+    parser.add_argument(
+        "--alpha",
+        metavar="SPEC",
+        default=_DEFAULTS.alpha,
+        help=f"as --laep-alpha (default: {_DEFAULTS.alpha})",
+    )
+    parser.add_argument(
+        "--beta",
+        type=float,
+        metavar="X",
+        default=_DEFAULTS.beta,
+        help=f"as --laep-beta (default: {_DEFAULTS.beta})",
+    )
+
+
+def add_model_size(parser: argparse.ArgumentParser) -> None:
+    """What the parameters of the model are; read with ``model_size``."""
+    group = parser.add_argument_group(
+        "size of the model", "without these, the answer speaks of experts only"
+    )
+    group.add_argument(
+        "--parameters-per-expert",
+        type=whole_number,
+        metavar="N",
+        help="of one expert of one layer: 3 * hidden * expert FFN with SwiGLU, 2 * without",
+    )
+    group.add_argument(
+        "--other-parameters",
+        type=whole_number,
+        metavar="N",
+        help="all others: attention, embeddings, dense and shared parts, such as 22e9",
+    )
+    group.add_argument(
+        "--bytes-per-parameter",
+        type=float,
+        default=BYTES_PER_PARAMETER,
+        metavar="B",
+        help="memory of an expert's parameter on each rank that holds it, gradient and optimizer "
+        f"state included (default: {BYTES_PER_PARAMETER}: bf16 weight, fp32 gradient, master and "
+        "two Adam moments)",
+    )
+    group.add_argument(
+        "--pipeline-parallel-size", type=int, default=1, metavar="P", help="(default: 1)"
+    )
+
+
+def whole_number(text: str) -> int:
+    """An integer >= 0 that may be written as 22e9; for argparse."""
+    try:
+        number = float(text)
+        if not math.isfinite(number) or number < 0 or number != int(number):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of at least 0, such as 22e9"
+        ) from None
+    return int(text) if text.isdigit() else int(number)
+
+
+def model_size(args: argparse.Namespace) -> ModelSize | None:
+    """The size that the arguments of ``add_model_size`` describe; None if they do not."""
+    given = (args.parameters_per_expert, args.other_parameters)
+    if given == (None, None):
+        return None
+    if None in given or not args.parameters_per_expert:
+        raise ValueError(
+            "--parameters-per-expert and --other-parameters belong together: give both, the first "
+            "above 0"
+        )
+    if not 0 < args.bytes_per_parameter < math.inf:
+        raise ValueError(f"--bytes-per-parameter must be above 0, got {args.bytes_per_parameter}")
+    return ModelSize(*given, bytes_per_expert_parameter=args.bytes_per_parameter)
+
+
+def resolve_top_k(args: argparse.Namespace, log: LoadLog) -> int:
+    """Experts per token: the file's, or --top-k."""
+    return _resolve(log.top_k, args.top_k, "--top-k", log, "the router's top-k")
+
+
+def resolve_ep_before(args: argparse.Namespace, log: LoadLog, default: int) -> int:
+    """Expert-parallel size of the recorded run: the file's, or --ep-before, or ``default``."""
+    if log.expert_parallel_size is None and args.ep_before is None:
+        return default
+    return _resolve(
+        log.expert_parallel_size, args.ep_before, "--ep-before", log, "expert-parallel size"
+    )
+
+
+def _resolve(recorded: int | None, given: int | None, flag: str, log: LoadLog, what: str) -> int:
+    if given is not None and given < 1:
+        raise ValueError(f"{flag} must be at least 1, got {given}")
+    if recorded is not None and given is not None and recorded != given:
+        raise ValueError(
+            f"{log.source} was recorded with {what} {recorded}, but {flag} says {given}: leave the "
+            "flag out, or name the loads of that model"
+        )
+    found = given if recorded is None else recorded
+    if found is None:
+        raise ValueError(f"{log.source} does not say {what}: give {flag}")
+    return found
+
+
+def plain(value: object) -> object:
+    """For ``json.dumps(default=...)``: numpy numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON-able")
+
+
+def print_json(value: object) -> None:
+    """The product of a command for a program: JSON on stdout, without NaN."""
+    print(json.dumps(value, indent=1, allow_nan=False, default=plain))
+
+
+def iterations(log: LoadLog, windows: int) -> str:
+    """For people: the iterations that the last ``windows`` windows cover."""
+    return f"{log.first_iterations[-windows]} to {log.last_iterations[-1]}"
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a product to a file; OSError as it comes."""
+    Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,78 @@
+"""``laep plan``: the expert map that a job would make of the loads, and its table."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_laep.config import LaepConfig
+from megatron_laep.planning import make_expert_map
+from megatron_laep.summary import summarize
+from megatron_laep.tools import options
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="the expert map that a job would make of the loads, and the table",
+        description="Makes the expert map of recorded loads exactly as a job does that "
+        "prunes after the last of the windows: same loads and same rules, same hash.",
+    )
+    options.add_loads(parser)
+    options.add_alpha_and_beta(parser)
+    options.add_rounding(parser)
+    parser.add_argument(
+        "--ep",
+        type=int,
+        metavar="R",
+        help="expert-parallel size after pruning (default: that of the recorded run)",
+    )
+    options.add_windows(parser)
+    options.add_model_size(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the map, the JSON that --laep-plan takes"
+    )
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans, writes the map if --output says where, prints the table."""
+    log = options.read_loads(args)
+    loads_LE = log.last(args.windows)
+    ep_after = log.expert_parallel_size if args.ep is None else args.ep
+    if ep_after is None:
+        raise ValueError(f"{log.source} does not say the expert-parallel size: give --ep")
+    if ep_after < 1:
+        raise ValueError(f"--ep must be at least 1, got {ep_after}")
+    config = LaepConfig(
+        prune_iteration=int(log.last_iterations[-1]),
+        alpha=args.alpha,
+        beta=args.beta,
+        expert_multiple=args.expert_multiple,
+        placement=args.placement,
+    )
+    config.validate()
+    expert_map = make_expert_map(
+        loads_LE,
+        log.layer_numbers,
+        config=config,
+        iteration=config.prune_iteration,
+        top_k=options.resolve_top_k(args, log),
+        expert_parallel_size_before=options.resolve_ep_before(args, log, default=ep_after),
+        expert_parallel_size_after=ep_after,
+    )
+    size = options.model_size(args)
+    summary = summarize(expert_map, size, pipeline_parallel_size=args.pipeline_parallel_size)
+    if args.output:
+        options.write_text(args.output, expert_map.to_json())
+    if args.json:
+        options.print_json(
+            {"loads": log.source, "windows": args.windows, "map": args.output, **summary.to_dict()}
+        )
+        return 0
+    print(summary.format_table())
+    print()
+    print(f"loads of iterations {options.iterations(log, args.windows)}; map {expert_map.hash}")
+    if args.output:
+        print(f"wrote {args.output}: use it with --laep-plan {args.output}")
+    return 0

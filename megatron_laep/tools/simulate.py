@@ -1,0 +1,381 @@
+"""`laep simulate`: what a plan would bring on a cluster, from recorded loads and the cost model.
+
+Reads a model file, a hardware file and loads; makes the expert map as the job would (or takes a
+given one); prints step time, TFLOPS per GPU and memory per rank of the full, the pruned, and the
+pruned and rearranged model. Needs neither torch nor Megatron; PyYAML unless the files are JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_laep import load_log
+from megatron_laep.config import LaepConfig
+from megatron_laep.cost_inputs import (
+    Hardware,
+    ModelShape,
+    Parallelism,
+    full_placements,
+    pruned_placements,
+)
+from megatron_laep.cost_model import calibrate, estimate
+from megatron_laep.expert_map import ExpertMap
+from megatron_laep.planning import check_plan, make_expert_map
+from megatron_laep.pruning import checked_loads
+
+VARIANTS = ("full", "pruned", "pruned and rearranged")
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    """Adds the subcommand `simulate`; its `run` default takes the parsed arguments."""
+    text = "Step time, TFLOPS per GPU and memory before and after pruning, from a cost model."
+    parser = subparsers.add_parser("simulate", help=text, description=text)
+    _add_arguments(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL.yaml", help="shape, parallelism and default rules"
+    )
+    parser.add_argument(
+        "loads",
+        type=Path,
+        metavar="LOADS",
+        help="JSON with layer_numbers and tokens[layer][expert], such as a job's "
+        "laep/iter_*/loads.json, or tokens[window][layer][expert]",
+    )
+    parser.add_argument(
+        "--hardware",
+        required=True,
+        metavar="FILE|NAME",
+        help="a hardware file, or NAME for hardware-NAME.yaml beside the model file",
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        metavar="N",
+        default=1,
+        help="for loads with windows: use the sum of the last N (default: 1)",
+    )
+    parser.add_argument("--alpha", metavar="SPEC", help="as --laep-alpha (default: MODEL.yaml's)")
+    parser.add_argument("--beta", type=float, metavar="X", help="as --laep-beta")
+    parser.add_argument(
+        "--expert-multiple", type=int, metavar="M", help="as --laep-expert-multiple"
+    )
+    parser.add_argument(
+        "--ep",
+        type=int,
+        metavar="E",
+        help="expert-parallel size after pruning (default: as before)",
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="an expert map (JSON) instead of these rules"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=float,
+        metavar="TFLOPS",
+        help="scale the hardware's two efficiencies by one factor so that the full model reaches "
+        "this many TFLOPS per GPU (a measured number)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command alone, as `python -m megatron_laep.tools.simulate`; the exit code, 2 after an
+    error.
+    """
+    parser = argparse.ArgumentParser(prog="laep simulate")
+    _add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except ValueError as error:
+        print(f"laep simulate: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the result and returns exit code 0. Errors: ValueError, one sentence."""
+    result = simulate(args)
+    print(json.dumps(result, indent=1, allow_nan=False) if args.json else format_result(result))
+    return 0
+
+
+def simulate(args: argparse.Namespace) -> dict[str, object]:
+    """The result as a JSON-able dict. Errors: ValueError."""
+    description = _read_mapping(args.model)
+    unknown = sorted(set(description) - {"model", "parallelism", "laep", "published"})
+    if unknown:
+        raise ValueError(f"{args.model}: unknown sections {', '.join(map(str, unknown))}")
+    shape = _make(ModelShape, description.get("model"), f"{args.model}: model")
+    parallelism = _make(Parallelism, description.get("parallelism"), f"{args.model}: parallelism")
+    hardware_file = _find_hardware(args.hardware, args.model)
+    hardware = _make(Hardware, _read_mapping(hardware_file), f"{hardware_file}: hardware")
+    loads, iteration = read_loads(args.loads, args.windows)
+    _check_loads(loads, shape, args.loads)
+    expert_map = _expert_map(args, description.get("laep"), shape, parallelism, loads, iteration)
+    placements = dict(
+        zip(
+            VARIANTS,
+            (
+                full_placements(loads, parallelism.expert),
+                pruned_placements(expert_map, loads, rearranged=False),
+                pruned_placements(expert_map, loads, rearranged=True),
+            ),
+            strict=True,
+        )
+    )
+    if args.calibrate is not None:
+        hardware = calibrate(shape, hardware, parallelism, placements["full"], args.calibrate)
+    estimates = {
+        name: estimate(shape, hardware, parallelism, placement)
+        for name, placement in placements.items()
+    }
+    return {
+        "model": str(args.model),
+        "loads": str(args.loads),
+        "expert_map_hash": expert_map.hash,
+        "calibrated_on_tflops_per_gpu": args.calibrate,
+        "gpus": parallelism.gpus,
+        "model_flops_per_token": shape.model_flops_per_token,
+        "hardware": dataclasses.asdict(hardware),
+        "published_tflops_per_gpu": _published(description.get("published"), args.model),
+        "variants": {
+            name: {
+                **dataclasses.asdict(value),
+                "fits_memory": value.memory_bytes <= hardware.memory_gib * 2**30,
+            }
+            for name, value in estimates.items()
+        },
+    }
+
+
+def read_loads(path: Path, windows: int = 1) -> tuple[dict[int, list[int]], int]:
+    """Tokens per expert by layer number, of the last windows together, and the iteration they end at.
+
+    Errors: ValueError for a file that holds no loads, or fewer windows.
+    """
+    log = load_log.read(path)
+    loads = {}
+    for number, row in zip(log.layer_numbers, log.last(windows), strict=True):
+        try:
+            loads[number] = checked_loads(row).tolist()
+        except ValueError as error:
+            raise ValueError(f"{path}: layer {number}: {error}") from None
+    return loads, int(log.last_iterations[-1])
+
+
+def _check_loads(loads: Mapping[int, list[int]], shape: ModelShape, path: Path) -> None:
+    if set(loads) != set(shape.moe_layers):
+        raise ValueError(
+            f"{path}: the loads are of layers {_span(loads)}, the model has experts in layers "
+            f"{_span(shape.moe_layers)}: they belong to another model"
+        )
+    for number, row in loads.items():
+        if len(row) != shape.num_experts:
+            raise ValueError(
+                f"{path}: layer {number} has loads of {len(row)} experts, the model has "
+                f"{shape.num_experts}: they belong to another model"
+            )
+
+
+def _span(numbers) -> str:
+    """3-7 for five layers in a row, else all of them."""
+    ordered = sorted(numbers)
+    whole = ordered == list(range(ordered[0], ordered[-1] + 1)) and len(ordered) > 1
+    return f"{ordered[0]}-{ordered[-1]}" if whole else ", ".join(map(str, ordered))
+
+
+def _expert_map(
+    args: argparse.Namespace,
+    rules: object,
+    shape: ModelShape,
+    parallelism: Parallelism,
+    loads: Mapping[int, list[int]],
+    iteration: int,
+) -> ExpertMap:
+    """The map that the job would make of the loads by these rules, or the given plan."""
+    given = {"alpha": args.alpha, "beta": args.beta, "expert_multiple": args.expert_multiple}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.plan is not None:
+        if given or args.ep is not None:
+            raise ValueError(
+                "--plan is a finished map: leave out --alpha, --beta, --expert-multiple and --ep"
+            )
+        expert_map = ExpertMap.from_json(_read_text(args.plan))
+        check_plan(
+            expert_map,
+            layer_numbers=list(loads),
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            expert_parallel_size=expert_map.expert_parallel_size_after,
+            source=str(args.plan),
+        )
+        return expert_map
+    defaults = _checked_section(rules, {"alpha", "beta", "expert_multiple"}, f"{args.model}: laep")
+    if "alpha" in defaults:
+        defaults["alpha"] = str(defaults["alpha"])  # YAML reads 0.4 as a number
+    config = LaepConfig(prune_iteration=max(iteration, 1), **{**defaults, **given})
+    config.validate()
+    ranks = parallelism.expert if args.ep is None else args.ep
+    if ranks < 1:
+        raise ValueError(f"--ep must be at least 1, got {ranks}")
+    return make_expert_map(
+        list(loads.values()),
+        list(loads),
+        config=config,
+        iteration=iteration,
+        top_k=shape.top_k,
+        expert_parallel_size_before=parallelism.expert,
+        expert_parallel_size_after=ranks,
+    )
+
+
+def _published(section: object, path: Path) -> dict[str, float] | None:
+    published = _checked_section(section, {"tflops_per_gpu", "experts_kept"}, f"{path}: published")
+    values = published.get("tflops_per_gpu")
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != len(VARIANTS):
+        raise ValueError(
+            f"{path}: published: tflops_per_gpu must be a list of three, got {values!r}"
+        )
+    return dict(zip(VARIANTS, values, strict=True))
+
+
+def _checked_section(section: object, known: set[str], where: str) -> dict:
+    if section is None:
+        return {}
+    if not isinstance(section, dict) or set(section) - known:
+        raise ValueError(f"{where} may have the fields {', '.join(sorted(known))}, got {section!r}")
+    return dict(section)
+
+
+def _find_hardware(name: str, model: Path) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    beside = model.parent / f"hardware-{name}.yaml"
+    if beside.is_file():
+        return beside
+    known = sorted(
+        path.stem.removeprefix("hardware-") for path in model.parent.glob("hardware-*.yaml")
+    )
+    raise ValueError(
+        f"--hardware {name}: neither a file nor one of those beside {model}: "
+        f"{', '.join(known) or 'there are none'}"
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _read_mapping(path: Path) -> dict:
+    text = _read_text(path)
+    if path.suffix == ".json":
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON, or cut off: {error}") from None
+    else:
+        # Here, and not on top: whoever has only JSON files does not need PyYAML.
+        try:
+            import yaml
+        except ImportError:
+            raise ValueError(
+                f"{path} is YAML, and PyYAML is not installed: pip install 'megatron-laep[tools]', "
+                "or use a .json file"
+            ) from None
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold named fields, got {type(data).__name__}")
+    return data
+
+
+def _make(kind, section: object, where: str):
+    """A dataclass from a section of a file; ValueError that names unknown or missing fields."""
+    if not isinstance(section, dict):
+        raise ValueError(f"{where}: this section is missing, or has no named fields")
+    fields = dataclasses.fields(kind)
+    required = {item.name for item in fields if item.default is dataclasses.MISSING}
+    unknown = sorted(map(str, set(section) - {item.name for item in fields}))
+    for problem, names in (("unknown", unknown), ("missing", sorted(required - set(section)))):
+        if names:
+            raise ValueError(f"{where}: {problem} fields: {', '.join(names)}")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def format_result(result: dict) -> str:
+    """The table as text, then what it rests on; from the dict that `simulate` returns."""
+    from tabulate import tabulate
+
+    variants = [result["variants"][name] for name in VARIANTS]
+    base = variants[0]["tflops_per_gpu"]
+
+    def row(label: str, text) -> list[str]:
+        return [label, *(text(variant) for variant in variants)]
+
+    def stage_ms(label: str, *parts: str) -> list[str]:
+        return row(label, lambda v: f"{1e3 * sum(v['stage_time'][part] for part in parts):.1f}")
+
+    rows = [
+        row("parameters, B", lambda v: f"{v['parameters'] / 1e9:.0f}"),
+        row("step, s", lambda v: f"{v['step_seconds']:.1f}"),
+        row("TFLOPS per GPU", lambda v: f"{v['tflops_per_gpu']:.2f}"),
+        row("against full", lambda v: f"{100 * (v['tflops_per_gpu'] / base - 1):+.1f} %"),
+    ]
+    published = result["published_tflops_per_gpu"]
+    if published:
+        rows.append(["published TFLOPS", *(f"{published[name]:.2f}" for name in VARIANTS)])
+    rows += [
+        row("memory of the fullest rank, GiB", lambda v: f"{v['memory_bytes'] / 2**30:.1f}"),
+        row("of it weights, gradients, optimizer", lambda v: f"{v['state_bytes'] / 2**30:.1f}"),
+        row("busiest rank / mean, all layers", lambda v: f"{v['imbalance_mean']:.3f}"),
+        row("busiest rank / mean, worst layer", lambda v: f"{v['imbalance_max']:.3f}"),
+        row("slowest stage, from 0", lambda v: str(v["slowest_stage"])),
+        row("its micro batch, ms", lambda v: f"{1e3 * sum(v['stage_time'].values()):.1f}"),
+        stage_ms("dense, with output layer", "dense", "tensor_parallel"),
+        stage_ms("grouped GEMM", "grouped_gemm"),
+        stage_ms("expert weights", "expert_weights"),
+        stage_ms("all-to-all", "all_to_all"),
+        row("mean stage, ms", lambda v: f"{1e3 * v['mean_stage_seconds']:.1f}"),
+    ]
+    hardware = result["hardware"]
+    lines = [
+        tabulate(rows, headers=("", *VARIANTS), disable_numparse=True, stralign="right"),
+        "",
+        f"{result['gpus']} GPUs ({hardware['name']}), matrix products at "
+        f"{100 * hardware['dense_efficiency']:.1f} % (dense) and "
+        f"{100 * hardware['grouped_gemm_efficiency']:.1f} % (grouped) of "
+        f"{hardware['peak_tflops']:g} TFLOPS"
+        + (", calibrated on the full model" if result["calibrated_on_tflops_per_gpu"] else ""),
+        f"expert map {result['expert_map_hash'][:12]}",
+    ]
+    lines += [
+        f"warning: {name} does not fit into {hardware['memory_gib']:g} GiB"
+        for name, variant in zip(VARIANTS, variants, strict=True)
+        if not variant["fits_memory"]
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""``laep sweep``: what each combination of alpha, beta and expert-parallel size would do."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+from tabulate import tabulate
+from tqdm import tqdm
+
+from megatron_laep.config import LaepConfig
+from megatron_laep.expert_map import ExpertMap
+from megatron_laep.load_log import LoadLog
+from megatron_laep.planning import make_expert_map
+from megatron_laep.summary import ModelSize, scaled, summarize
+from megatron_laep.tools import options
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One combination. None stands for unknown.
+
+    parameters_*: need the model's size.
+    tokens_rerouted_percent: share of all layers' tokens that went to experts which would go.
+    busiest_rank_before, _mean, _p90, _max: load of the busiest expert-parallel rank over the mean
+        of the ranks, a figure of each layer: its mean over the layers before pruning (None if a
+        layer's experts do not divide over the ranks); mean, 90th percentile and maximum after.
+    layers_at_floor: layers that keep only what routing and rounding need (top-k, one expert for
+        each rank, a multiple): the rule would have taken more.
+    map_hash: of the map, as in `laep plan` with the same values.
+    """
+
+    alpha: str
+    beta: float
+    expert_parallel_size: int
+    experts_before: int
+    experts_after: int
+    experts_removed_percent: float
+    parameters_after: int | None
+    parameters_removed_percent: float | None
+    tokens_rerouted_percent: float
+    busiest_rank_before: float | None
+    busiest_rank_mean: float
+    busiest_rank_p90: float
+    busiest_rank_max: float
+    layers_at_floor: int
+    map_hash: str
+
+
+def sweep(
+    loads_LE: Sequence[np.ndarray],
+    layer_numbers: Sequence[int],
+    combinations: Sequence[tuple[str, float, int]],
+    *,
+    iteration: int,
+    top_k: int,
+    expert_parallel_size_before: int | None,
+    expert_multiple: int | None = None,
+    placement: str = "greedy",
+    size: ModelSize | None = None,
+) -> Iterator[SweepRow]:
+    """One row for each (alpha, beta, expert-parallel size after pruning), in the order given.
+
+    expert_parallel_size_before: None for the size after pruning.
+    Other arguments: as in `planning.make_expert_map` and `summary.summarize`.
+    Errors: ValueError as there.
+    """
+    for alpha, beta, ranks in combinations:
+        config = LaepConfig(
+            prune_iteration=iteration,
+            alpha=alpha,
+            beta=beta,
+            expert_multiple=expert_multiple,
+            placement=placement,
+        )
+        config.validate()
+        expert_map = make_expert_map(
+            loads_LE,
+            layer_numbers,
+            config=config,
+            iteration=iteration,
+            top_k=top_k,
+            expert_parallel_size_before=expert_parallel_size_before or ranks,
+            expert_parallel_size_after=ranks,
+        )
+        yield _row(expert_map, size)
+
+
+def _row(expert_map: ExpertMap, size: ModelSize | None) -> SweepRow:
+    summary = summarize(expert_map, size)
+    before = [row.imbalance_before for row in summary.rows]
+    after = [row.imbalance_after for row in summary.rows]
+    return SweepRow(
+        alpha=expert_map.alpha,
+        beta=expert_map.beta,
+        expert_parallel_size=expert_map.expert_parallel_size_after,
+        experts_before=summary.experts_before,
+        experts_after=summary.experts_after,
+        experts_removed_percent=100 * (1 - summary.experts_after / summary.experts_before),
+        parameters_after=summary.parameters_after,
+        parameters_removed_percent=summary.parameters_removed_percent,
+        tokens_rerouted_percent=summary.tokens_rerouted_percent,
+        busiest_rank_before=None if None in before else float(np.mean(before)),
+        busiest_rank_mean=float(np.mean(after)),
+        busiest_rank_p90=float(np.percentile(after, 90)),
+        busiest_rank_max=float(np.max(after)),
+        layers_at_floor=sum(
+            layer.experts_after == _floor(expert_map) for layer in expert_map.layers
+        ),
+        map_hash=expert_map.hash,
+    )
+
+
+def _floor(expert_map: ExpertMap) -> int:
+    """The fewest experts that a layer may keep under the map's rules."""
+    minimum = max(expert_map.top_k, expert_map.expert_parallel_size_after)
+    return -(-minimum // expert_map.expert_multiple) * expert_map.expert_multiple
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "sweep",
+        help="what each alpha, beta and expert-parallel size would do",
+        description="Plans with every combination of the values, and tells what is left.",
+    )
+    options.add_loads(parser)
+    parser.add_argument(
+        "--alpha",
+        action="append",
+        metavar="SPEC",
+        help="numbers by comma, such as 0.2,0.4,inf; a value with layer ranges, such as "
+        "0.2:1-10,0.4:11-93, is one by itself; may be given several times (default: 0.2,0.4,inf)",
+    )
+    parser.add_argument(
+        "--beta", default="0.05,0.1,0.2", metavar="X,...", help="(default: 0.05,0.1,0.2)"
+    )
+    parser.add_argument(
+        "--ep",
+        metavar="R,...",
+        help="expert-parallel sizes after pruning (default: that of the recorded run)",
+    )
+    options.add_rounding(parser)
+    options.add_windows(parser)
+    options.add_model_size(parser)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--csv", metavar="FILE", help="write the rows as CSV; '-' prints them instead of the table"
+    )
+    output.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans every combination and prints the rows."""
+    log = options.read_loads(args)
+    combinations = list(
+        itertools.product(
+            _alphas(args.alpha or ["0.2,0.4,inf"]), _betas(args.beta), _sizes(args, log)
+        )
+    )
+    size = options.model_size(args)
+    rows = sweep(
+        log.last(args.windows),
+        log.layer_numbers,
+        combinations,
+        iteration=int(log.last_iterations[-1]),
+        top_k=options.resolve_top_k(args, log),
+        # 0: unknown, then each size after pruning stands for the one before.
+        expert_parallel_size_before=options.resolve_ep_before(args, log, default=0) or None,
+        expert_multiple=args.expert_multiple,
+        placement=args.placement,
+        size=size,
+    )
+    # Nothing shows unless it takes longer than two seconds, and nothing where nobody looks.
+    progress = tqdm(rows, total=len(combinations), delay=2, disable=None, file=sys.stderr)
+    found = list(progress)
+    if args.json:
+        options.print_json(
+            {
+                "loads": log.source,
+                "windows": args.windows,
+                "first_iteration": log.first_iterations[-args.windows],
+                "last_iteration": log.last_iterations[-1],
+                "rows": [asdict(row) for row in found],
+            }
+        )
+    elif args.csv == "-":
+        print(as_csv(found), end="")
+    else:
+        if args.csv:
+            options.write_text(args.csv, as_csv(found))
+        print(format_table(found))
+        print(f"\nloads of iterations {options.iterations(log, args.windows)}")
+        if args.csv:
+            print(f"wrote {args.csv}")
+    return 0
+
+
+def _alphas(texts: Sequence[str]) -> list[str]:
+    parts = [text.split(",") if ":" not in text else [text] for text in texts]
+    return [alpha.strip() for alpha in itertools.chain.from_iterable(parts)]
+
+
+def _betas(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--beta {text!r}: give numbers within 0 and 1 by comma") from None
+
+
+def _sizes(args: argparse.Namespace, log: LoadLog) -> list[int]:
+    if args.ep is None:
+        if log.expert_parallel_size is None:
+            raise ValueError(f"{log.source} does not say the expert-parallel size: give --ep")
+        return [log.expert_parallel_size]
+    try:
+        sizes = [int(part) for part in args.ep.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise ValueError(f"--ep {args.ep!r}: give expert-parallel sizes by comma, such as 4,8")
+    return sizes
+
+
+def as_csv(rows: Sequence[SweepRow]) -> str:
+    """The rows with a header of the field names; full precision, empty for unknown."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(SweepRow))
+    writer.writerows(asdict(row).values() for row in rows)
+    return text.getvalue()
+
+
+def format_table(rows: Sequence[SweepRow]) -> str:
+    """The rows for people; without the columns of parameters if these are unknown."""
+    sized = rows[0].parameters_after is not None
+    parameters = ("parameters\nleft", "parameters\nremoved %") if sized else ()
+    lines = []
+    for row in rows:
+        size = ()
+        if sized:
+            size = (scaled(row.parameters_after), f"{row.parameters_removed_percent:.1f}")
+        before = row.busiest_rank_before
+        lines.append(
+            (
+                row.alpha,
+                f"{row.beta:g}",
+                row.expert_parallel_size,
+                f"{row.experts_before} -> {row.experts_after}",
+                f"{row.experts_removed_percent:.1f}",
+                *size,
+                f"{row.tokens_rerouted_percent:.2f}",
+                "-" if before is None else f"{before:.3f}",
+                f"{row.busiest_rank_mean:.3f}",
+                f"{row.busiest_rank_p90:.3f}",
+                f"{row.busiest_rank_max:.3f}",
+                row.layers_at_floor,
+            )
+        )
+    headers = (
+        "alpha",
+        "beta",
+        "EP",
+        "experts",
+        "removed\n%",
+        *parameters,
+        "tokens re-\nrouted %",
+        "busiest rank\n/ mean before",
+        "after:\nmean",
+        "after:\np90",
+        "after:\nmax",
+        "layers at\ntheir floor",
+    )
+    return tabulate(lines, headers=headers, disable_numparse=True, stralign="right")

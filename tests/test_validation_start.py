@@ -1,0 +1,228 @@
+"""A job goes on only from checkpoints that its flags and its model go with."""
+
+from pathlib import Path
+
+import pytest
+from checked_arguments import (
+    KEPT,
+    LAYERS,
+    UNSUPPORTED,
+    assert_complaint,
+    expert_map,
+    job,
+    parsed,
+    ranks,
+)
+from in_megatron import in_megatron, init_process_group
+
+from megatron_laep.expert_map import ExpertMap
+
+
+def write_checkpoints(checkpoints: dict[str, dict]) -> None:
+    """Real distributed checkpoints of nothing but their common state, by folder.
+
+    Each: iteration, and what its record says, as keywords of Record (the map as JSON); no record
+    without ``map_state``. ``legacy`` writes Megatron's format of one file a rank.
+    """
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from megatron_laep.checkpoint import ENTRY, Record
+    from megatron_laep.routing_stats import OpenWindow
+
+    init_process_group()
+    for folder, content in checkpoints.items():
+        iteration = content["iteration"]
+        name = "release" if content.get("release") else f"iter_{iteration:07d}"
+        path = Path(folder) / name
+        path.mkdir(parents=True)
+        (path.parent / "latest_checkpointed_iteration.txt").write_text(
+            "release" if content.get("release") else str(iteration)
+        )
+        if content.get("legacy"):
+            (path / "mp_rank_00").mkdir()
+            torch.save({"iteration": iteration}, path / "mp_rank_00" / "model_optim_rng.pt")
+            continue
+        state = {"iteration": iteration}
+        if "map_state" in content:
+            plan, window = content.get("map"), content.get("window")
+            state[ENTRY] = Record(
+                expert_map=plan and ExpertMap.from_json(plan),
+                map_state=content["map_state"],
+                window=window and OpenWindow(**window),
+            ).to_entry()
+        dist_checkpointing.save(state, str(path))
+
+
+def window(start: int, end: int) -> dict:
+    return {"start": start, "end": end, "tokens_LE": tuple((8,) * 8 for _ in LAYERS)}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Folders of checkpoints by what they hold, made once; nothing may be written to them."""
+    uneven = dict(KEPT) | {2: (0, 2, 4, 6, 1, 3)}
+    contents = {
+        "foreign": {"iteration": 7},
+        "full": {"iteration": 7, "map_state": None},
+        "inside": {"iteration": 7, "map_state": None, "window": window(5, 7)},
+        "pending": {"iteration": 10, "map_state": "pending", "map": expert_map().to_json()},
+        "applied": {"iteration": 15, "map_state": "applied", "map": expert_map().to_json()},
+        "uneven": {"iteration": 15, "map_state": "applied", "map": expert_map(uneven).to_json()},
+        "legacy": {"iteration": 7, "legacy": True},
+        "release": {"iteration": 7, "release": True},
+    }
+    root = tmp_path_factory.mktemp("checkpoints")
+    in_megatron(write_checkpoints, {str(root / name): contents[name] for name in contents}).result()
+    return {name: root / name for name in contents}
+
+
+BAD_STARTS = {
+    "past the iteration": (
+        "full",
+        {"laep_prune_iteration": 5},
+        ["iter_0000007", "iteration 7", "--laep-prune-iteration 5"],
+    ),
+    "at the iteration": (
+        "foreign",
+        {"laep_prune_iteration": 7},
+        ["iteration 7", "not pruned", "--laep-prune-iteration 7"],
+    ),
+    "no counts": (
+        "foreign",
+        {"laep_window": 4},
+        [
+            "--laep-window 4",
+            "begins at iteration 7",
+            "is at iteration 7",
+            "--laep-window 3 or less",
+        ],
+    ),
+    "counts from later": (
+        "inside",
+        {"laep_window": 7},
+        ["--laep-window 7", "begins at iteration 4", "counts from 6 on", "--laep-window 3"],
+    ),
+    "counts from earlier": (
+        "inside",
+        {"laep_window": 4},
+        ["--laep-window 4", "begins at iteration 7", "counts from 6 on"],
+    ),
+    "pruned at another iteration": (
+        "applied",
+        {"laep_prune_iteration": 12},
+        ["pruned at iteration 10", "--laep-prune-iteration is 12", "--laep-prune-iteration 10"],
+    ),
+    "pending for another iteration": (
+        "pending",
+        {"laep_prune_iteration": 12},
+        ["pruned at iteration 10", "--laep-prune-iteration is 12"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name, flags, wanted", BAD_STARTS.values(), ids=BAD_STARTS)
+def test_a_checkpoint_that_the_pruning_cannot_go_on_from(
+    tmp_path, checkpoints, name, flags, wanted
+):
+    flags = {"load": checkpoints[name], "expert_model_parallel_size": 2} | flags
+    assert_complaint(in_megatron(parsed, job(tmp_path, **flags), env=ranks(2)), *wanted)
+
+
+STARTS_OVER = {
+    "fine-tuning": {"load": "full", "finetune": True},
+    "pretrained": {"pretrained_checkpoint": "full", "load": "nothing"},
+    "release": {"load": "release"},
+    "fine-tuning from another format": {"load": "legacy", "finetune": True},
+}
+
+
+@pytest.mark.parametrize("flags", STARTS_OVER.values(), ids=STARTS_OVER)
+def test_a_checkpoint_that_gives_only_its_weights_may_be_late(tmp_path, checkpoints, flags):
+    flags = {
+        name: value if value is True else checkpoints.get(value, tmp_path / value)
+        for name, value in flags.items()
+    }
+    flags |= {"laep_prune_iteration": 5, "laep_window": 5}
+    in_megatron(parsed, job(tmp_path, **flags)).result()
+
+
+def test_a_checkpoint_in_another_format_is_not_taken_for_a_new_start(tmp_path, checkpoints):
+    outcome = in_megatron(parsed, job(tmp_path, load=checkpoints["legacy"]))
+    assert_complaint(
+        outcome,
+        "iter_0000007",
+        "--ckpt-format torch_dist",
+        "--laep-prune-iteration 10",
+        "--ckpt-convert-format torch_dist",
+    )
+
+
+def test_a_pruned_job_does_without_its_plan_file(tmp_path, checkpoints):
+    flags = {"load": checkpoints["applied"], "laep_plan": tmp_path / "gone.json"}
+    in_megatron(parsed, job(tmp_path, **flags, expert_model_parallel_size=2), env=ranks(2)).result()
+
+
+# -> EP size that the job gets
+GOOD_STARTS = {
+    "window ahead": ("foreign", {"laep_window": 3}, 2),
+    "window open": ("inside", {"laep_window": 5}, 2),
+    "no window wanted": ("full", {"laep_prune_iteration": None}, 2),
+    "pruned": ("applied", {}, 2),
+    "pruned, and no flags": ("applied", {"laep_prune_iteration": None}, 2),
+    "pruned, to fewer ranks": ("pending", {"laep_expert_model_parallel_size": 1}, 1),
+    "pruned, other rules": ("pending", {"laep_alpha": "0.9", "laep_window": 3}, 2),
+}
+
+
+@pytest.mark.parametrize("name, flags, size", GOOD_STARTS.values(), ids=GOOD_STARTS)
+def test_a_checkpoint_that_the_job_can_go_on_from(tmp_path, checkpoints, name, flags, size):
+    flags = {"load": checkpoints[name], "expert_model_parallel_size": 2} | flags
+    args = in_megatron(parsed, job(tmp_path, **flags), env=ranks(2)).result()
+    assert args["expert_model_parallel_size"] == size
+
+
+BAD_MODELS = {
+    "experts": ("applied", {"num_experts": 16}, ["--num-experts 8", "--num-experts 16"]),
+    "experts as after pruning": ("applied", {"num_experts": 4}, ["--num-experts 8", "got", "4"]),
+    "no experts": (
+        "applied",
+        {"num_experts": None, "moe_ffn_hidden_size": None, "expert_model_parallel_size": 1},
+        ["MoE layers [1, 2, 3, 4]", "MoE layers []"],
+    ),
+    "layers": ("pending", {"num_layers": 2}, ["MoE layers [1, 2, 3, 4]", "MoE layers [1, 2]"]),
+    "dense layers": (
+        "applied",
+        {"moe_layer_freq": "([0]+[1]*3)"},
+        ["MoE layers [1, 2, 3, 4]", "MoE layers [2, 3, 4]"],
+    ),
+    "EP size": (
+        "uneven",
+        {"expert_model_parallel_size": 4},
+        ["layer 2", "keeps 6 experts", "expert-model-parallel-size 4", "divides 2"],
+    ),
+    "top-k": (
+        "applied",
+        {"moe_router_topk": 5},
+        ["--moe-router-topk 5", "layer 1", "keeps 4 experts", "--moe-router-topk 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name, flags, wanted", BAD_MODELS.values(), ids=BAD_MODELS)
+def test_a_pruned_checkpoint_wants_its_own_model(tmp_path, checkpoints, name, flags, wanted):
+    """Also from a command without LAEP flags."""
+    defaults = {
+        "load": checkpoints[name],
+        "expert_model_parallel_size": 2,
+        "laep_prune_iteration": None,
+    }
+    outcome = in_megatron(parsed, job(tmp_path, **defaults | flags), env=ranks(4))
+    assert_complaint(outcome, f"{checkpoints[name]}", *wanted)
+
+
+@pytest.mark.parametrize("flags, wanted", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_a_pruned_checkpoint_does_not_get_around_the_refusals(tmp_path, checkpoints, flags, wanted):
+    flags = {"load": checkpoints["applied"], "laep_prune_iteration": None} | flags
+    outcome = in_megatron(parsed, job(tmp_path, **flags))
+    assert_complaint(outcome, *wanted, "is not supported", str(checkpoints["applied"]))
