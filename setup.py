@@ -20,6 +20,8 @@ INSTALL_REQUIRES = ["numpy", "tabulate", "tqdm"]
 
 _TOOLS = ["PyYAML"]  # model and hardware files of `laep simulate`; JSON ones do without
 
+_REPORT = ["jinja2>=3.1", "plotly>=6"]  # `laep report`: the template, the figures' script
+
 _TRAIN = [
     "torch>=2.6",
     "megatron-core[training]>=0.19,<0.20",
@@ -30,7 +32,12 @@ _TRAIN = [
 ]
 _TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
-EXTRAS_REQUIRE = {"tools": _TOOLS, "train": _TRAIN, "test": _TRAIN + _TEST}
+EXTRAS_REQUIRE = {
+    "tools": _TOOLS,
+    "report": _REPORT,
+    "train": _TRAIN,
+    "test": _TRAIN + _REPORT + _TEST,
+}
 
 
 def read_version() -> str:
@@ -62,6 +69,7 @@ if __name__ == "__main__":
         long_description_content_type="text/markdown",
         license="Apache-2.0",
         packages=find_packages(include=["megatron_laep", "megatron_laep.*"]),
+        package_data={"megatron_laep.tools": ["report_page/*"]},
         python_requires=">=3.12",
         entry_points={"console_scripts": ["laep = megatron_laep.tools.__main__:main"]},
         install_requires=INSTALL_REQUIRES,

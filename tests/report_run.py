@@ -16,10 +16,12 @@ import numpy as np
 
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
+from megatron_laep.load_recorder import LoadLogHeader, LoadLogWriter
 from megatron_laep.planning import make_expert_map
 from megatron_laep.summary import ModelSize, summarize
 
-RECORDED = Path(__file__).resolve().parent / "data" / "expert_loads_tiny.json"
+ROOT = Path(__file__).resolve().parent.parent
+RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"
 PRUNE_ITERATION = 375
 LAST_ITERATION = 500
 LOG_INTERVAL = 5
@@ -84,7 +86,7 @@ def make_log() -> str:
                 f"[2026-11-22 00:14:43,626] laep event=committed iteration={iteration} "
                 "map=9f25500fd13a seconds=13.81",
                 "[2026-11-22 00:14:47,410] laep event=theoretical_memory_skipped "
-                "reason=\"Megatron's estimate assumes one expert count for all layers\"",
+                'reason="Megatron\'s estimate assumes one expert count for all layers"',
             ]
     lines.append(
         " validation loss at iteration 500 on validation set | lm loss value: 1.930000E+00 | lm "
@@ -112,6 +114,32 @@ def write_pruning(
     return target
 
 
+def write_logs(
+    folder: Path, expert_map: ExpertMap, ends: list[int], windows: list[np.ndarray]
+) -> None:
+    """The two logs that a job records: of the full model and of the pruned one."""
+    layers = expert_map.layers
+    full = LoadLogHeader(expert_map.layer_numbers, (32,) * len(layers), 2, ends[0])
+    pruned = LoadLogHeader(
+        expert_map.layer_numbers,
+        tuple(layer.experts_after for layer in layers),
+        2,
+        ends[0],
+        lineage=(expert_map.hash,),
+        original_ids=tuple(layer.kept for layer in layers),
+    )
+    with (
+        LoadLogWriter(folder / "laep", full) as before,
+        LoadLogWriter(folder / "laep", pruned) as after,
+    ):
+        for end, window in zip(ends, windows, strict=True):
+            writer, rows = before, window
+            if end > expert_map.iteration:
+                writer = after
+                rows = [row[list(x.kept)] for row, x in zip(window, layers, strict=True)]
+            writer.append(end - ends[0] + 1, end, rows, expert_parallel_size=2)
+
+
 def make_run(folder: Path, *, history: bool = True, log: bool = True) -> Path:
     """A run that was pruned after iteration 375 of 500, on the four windows before."""
     data = recorded()
@@ -130,14 +158,7 @@ def make_run(folder: Path, *, history: bool = True, log: bool = True) -> Path:
     )
     write_pruning(folder, expert_map, tokens_LE)
     if history:
-        data["tokens"] = [
-            [
-                (row if end <= PRUNE_ITERATION else row[list(layer.kept)]).tolist()
-                for row, layer in zip(window, expert_map.layers, strict=True)
-            ]
-            for end, window in zip(ends, windows, strict=True)
-        ]
-        (folder / "laep" / "load_history.json").write_text(json.dumps(data), encoding="utf-8")
+        write_logs(folder, expert_map, ends, windows)
     if log:
         (folder / "train.log").write_text(make_log(), encoding="utf-8")
     return folder

@@ -24,6 +24,7 @@ PURE = (
     "tools.inspect",
     "tools.options",
     "tools.plan",
+    "tools.report",
     "tools.simulate",
     "tools.stability",
     "tools.sweep",

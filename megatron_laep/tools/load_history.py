@@ -1,141 +1,151 @@
-"""Loads over the run: tokens per window, layer and expert, whatever file they were recorded in.
+"""Loads of a run over its prunings: windows of the model before, of the one after, in one row.
 
-The report reads recorded loads through `LoadHistory`. A file format joins by a function from a path
-to a `LoadHistory` and a line in `READERS`.
+Under the report. A job records each model in a log of its own (`load_recorder`); here the logs are
+put behind each other, and every window knows which *stage* it is of: 0 is the model before the
+first pruning, 1 the one after it, and so on.
 
-Shape suffixes: W windows, L MoE layers, E experts of a layer at the time of the window.
+Shape suffixes: L MoE layers, E experts of a layer in the window's stage.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
-from megatron_laep.pruning import checked_loads
+from megatron_laep import load_log
+from megatron_laep.expert_map import ExpertMap
+from megatron_laep.load_log import LoadLog
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Tokens of one window.
+
+    first_iteration, last_iteration: both included. stage: prunings before it.
+    tokens_LE: for each layer int64 [E], in the stage's own numbering.
+    row: where it stands: file and record, for people.
+    """
+
+    first_iteration: int
+    last_iteration: int
+    stage: int
+    tokens_LE: tuple[np.ndarray, ...]
+    row: str
+
+
+@dataclass(frozen=True, eq=False)
 class LoadHistory:
-    """Recorded windows, oldest first.
+    """Windows, ascending, at least one.
 
-    last_iterations: last iteration of each window [W], 1-based, ascending.
-    layer_numbers: Megatron's 1-based number of each MoE layer [L], ascending.
-    tokens: `tokens[window][layer]` is int64 [E], tokens of each expert in the numbering that the
-        model had in that window: after a pruning there are fewer, under new ids.
-    Errors: ValueError for no windows, other shapes, or loads that no decision can rest on.
+    sources: the files. layer_numbers: Megatron's 1-based numbers, ascending [L].
+    original_ids: `original_ids[stage][layer]` are the original model's ids of the experts.
+    left_out: recorded windows that are not here, since a later pruning replaced their model.
     """
 
-    last_iterations: tuple[int, ...]
+    sources: tuple[str, ...]
     layer_numbers: tuple[int, ...]
-    tokens: tuple[tuple[np.ndarray, ...], ...]
+    windows: tuple[Window, ...]
+    original_ids: tuple[tuple[tuple[int, ...], ...], ...]
+    left_out: int = 0
 
-    def __post_init__(self) -> None:
-        if not self.last_iterations or not self.layer_numbers:
-            raise ValueError("it holds no window, or no layer: nothing was recorded")
-        for name in ("last_iterations", "layer_numbers"):
-            numbers = tuple(getattr(self, name))
-            if any(type(n) is not int or n < 1 for n in numbers):
-                raise ValueError(f"{name} must be integers of at least 1, got {list(numbers)}")
-            if any(a >= b for a, b in pairwise(numbers)):
-                raise ValueError(f"{name} must ascend, got {list(numbers)}")
-            object.__setattr__(self, name, numbers)
-        if len(self.tokens) != len(self.last_iterations):
-            raise ValueError(
-                f"it has tokens of {len(self.tokens)} windows for {len(self.last_iterations)} "
-                "iterations: the file is incomplete, record or copy it anew"
-            )
-        checked = []
-        for iteration, window in zip(self.last_iterations, self.tokens, strict=True):
-            if len(window) != len(self.layer_numbers):
-                raise ValueError(
-                    f"the window that ends at iteration {iteration} has {len(window)} layers, "
-                    f"there are {len(self.layer_numbers)}"
+
+def read_history(
+    run_dir: Path, maps: Sequence[ExpertMap], given: Path | None = None
+) -> LoadHistory | None:
+    """The recorded loads of a run; None if it recorded none.
+
+    maps: the run's prunings, first one first. given: one file (any that `load_log.read` knows) in
+    the stead of the run's logs.
+    Errors: ValueError that names the file, for a damaged one or loads of another model.
+    """
+    paths = load_log.find_logs(run_dir / "laep") if given is None else [given]
+    logs = []
+    for path in paths:
+        if given is None and not path.stat().st_size:
+            continue  # begun, and the job was stopped before the first window ended
+        logs.append(_ascending(load_log.read(path)))
+    if not logs:
+        return None
+    stages = original_ids(maps, logs[0].expert_counts)
+    windows: list[Window] = []
+    left_out = 0
+    for log in logs:
+        stage = _stage(log, maps, stages)
+        # A job that was continued from before a pruning leaves windows behind that never were.
+        begin = maps[stage - 1].iteration if stage else 0
+        end = maps[stage].iteration if stage < len(maps) else None
+        name = Path(log.source).name if given else Path(log.source).relative_to(run_dir).as_posix()
+        for index, last in enumerate(log.last_iterations.tolist()):
+            if last <= begin or (end is not None and last > end):
+                left_out += 1
+                continue
+            first = int(log.first_iterations[index])
+            windows.append(
+                Window(
+                    first_iteration=first,
+                    last_iteration=last,
+                    stage=stage,
+                    tokens_LE=tuple(log.window(index)),
+                    row=f"{name}, iterations {first} to {last}",
                 )
-            layers = []
-            for number, loads_E in zip(self.layer_numbers, window, strict=True):
-                try:
-                    layers.append(checked_loads(loads_E))
-                except ValueError as error:
-                    raise ValueError(
-                        f"window that ends at iteration {iteration}, layer {number}: {error}"
-                    ) from None
-            checked.append(tuple(layers))
-        object.__setattr__(self, "tokens", tuple(checked))
-
-    @property
-    def expert_counts(self) -> tuple[tuple[int, ...], ...]:
-        """Experts per window and layer [W][L]."""
-        return tuple(tuple(loads_E.size for loads_E in window) for window in self.tokens)
-
-
-def read_json(path: Path) -> object:
-    """A JSON file. Errors: ValueError that says what is wrong, also for the NaN that Python's
-    writer lets through."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}, which is no number: the run that wrote it went bad")
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"it is not valid JSON ({error}): the file was cut short or edited"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError("it is not a text file") from None
-
-
-def read_json_history(path: Path) -> LoadHistory:
-    """Windows as JSON: `last_iteration_of_window` [W], `layer_numbers` [L], `tokens` [W][L][E].
-
-    The format of tests/data/expert_loads_tiny.json; other fields are not looked at.
-    """
-    data = read_json(path)
-    wanted = ("last_iteration_of_window", "layer_numbers", "tokens")
-    values = [data.get(name) if isinstance(data, dict) else None for name in wanted]
-    for name, value in zip(wanted, values, strict=True):
-        if not isinstance(value, list):
-            raise ValueError(f"it has no list {name!r}: a file of recorded loads has {wanted}")
-    if not all(isinstance(window, list) for window in values[2]):
-        raise ValueError("tokens must be lists of windows of layers of experts")
-    return LoadHistory(tuple(values[0]), tuple(values[1]), tuple(map(tuple, values[2])))
-
-
-# File name in <run>/laep/ -> reader. The first one that is there counts.
-READERS: MappingProxyType[str, Callable[[Path], LoadHistory]] = MappingProxyType(
-    {"load_history.json": read_json_history}
-)
-
-
-def find_history(run_dir: Path, given: Path | None = None) -> tuple[LoadHistory, str] | None:
-    """The recorded loads of a run, and their file as it is to be called; None if there are none.
-
-    given: a file elsewhere, in any of the known formats (by its name's ending).
-    Errors: ValueError that names the file.
-    """
-    candidates: Sequence[Path] = [run_dir / "laep" / name for name in READERS]
-    if given is not None:
-        if not given.is_file():
-            raise ValueError(f"{given} does not exist: give the file of the recorded loads")
-        candidates = [given]
-    for path in candidates:
-        if not path.is_file():
-            continue
-        by_suffix = {Path(name).suffix: reader for name, reader in READERS.items()}
-        if path.suffix not in by_suffix:
-            raise ValueError(
-                f"{path} has none of the endings that recorded loads have: {', '.join(by_suffix)}"
             )
-        try:
-            history = by_suffix[path.suffix](path)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        shown = path.name if given is not None else path.relative_to(run_dir).as_posix()
-        return history, shown
-    return None
+    if not windows:
+        return None
+    windows.sort(key=lambda window: window.last_iteration)
+    return LoadHistory(
+        sources=tuple(
+            dict.fromkeys(window.row.rpartition(", iterations")[0] for window in windows)
+        ),
+        layer_numbers=logs[0].layer_numbers,
+        windows=tuple(windows),
+        original_ids=stages,
+        left_out=left_out,
+    )
+
+
+def original_ids(
+    maps: Sequence[ExpertMap], expert_counts: Sequence[int]
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """[stages][L][E]: the original model's ids of each stage's experts, in the stage's order.
+
+    expert_counts: of the original model [L], if there are no maps to tell.
+    """
+    if maps:
+        expert_counts = [layer.experts_before for layer in maps[0].layers]
+    stages = [tuple(tuple(range(count)) for count in expert_counts)]
+    for expert_map in maps:
+        stages.append(
+            tuple(
+                tuple(ids[old] for old in layer.kept)
+                for ids, layer in zip(stages[-1], expert_map.layers, strict=True)
+            )
+        )
+    return tuple(stages)
+
+
+def _ascending(log: LoadLog) -> LoadLog:
+    if list(log.layer_numbers) != sorted(log.layer_numbers):
+        raise ValueError(
+            f"{log.source}: layer_numbers must ascend for a report, got {list(log.layer_numbers)}"
+        )
+    return log
+
+
+def _stage(log: LoadLog, maps: Sequence[ExpertMap], stages: Sequence[Sequence]) -> int:
+    """Which model of the run the log is of. A file that does not say is of the first one."""
+    if maps and log.layer_numbers != maps[0].layer_numbers:
+        raise ValueError(
+            f"{log.source} has MoE layers {list(log.layer_numbers)}, the run's map "
+            f"{list(maps[0].layer_numbers)}: they are of different models"
+        )
+    for stage, ids in enumerate(stages):
+        if (log.original_ids or stages[0]) == ids and log.expert_counts == tuple(map(len, ids)):
+            return stage
+    raise ValueError(
+        f"{log.source} has {list(log.expert_counts)} experts in its layers, the models of this run "
+        f"{' or '.join(str([len(row) for row in ids]) for ids in stages)}, or other ones of them: "
+        "these loads are of another run"
+    )

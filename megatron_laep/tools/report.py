@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,7 @@ PAGE = Path(__file__).resolve().parent / "report_page"
 OUTPUT_NAME = "laep_report.html"
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Adds the command; `run` is its `run` default: run(args) -> exit code."""
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "report",
         help="one HTML file on a run: loads, stability, pruning, loss and time",
@@ -35,24 +33,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "-o", "--output", type=Path, help=f"the file to write (default: RUNDIR/laep/{OUTPUT_NAME})"
     )
-    parser.add_argument(
-        "--log", type=Path, help="the job's output, if it is not RUNDIR/train.log"
-    )
+    parser.add_argument("--log", type=Path, help="the job's output, if it is not RUNDIR/train.log")
     parser.add_argument(
         "--loads", type=Path, help="the recorded loads, if they are not in RUNDIR/laep/"
     )
     parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. Exit code 0, or 2 with a sentence on stderr."""
-    try:
-        path = build_report(args.run_dir, args.output, log_path=args.log, loads_path=args.loads)
-    except ValueError as error:
-        sys.stderr.write(f"ERROR: {error}\n")
-        return 2
-    sys.stdout.write(f"{path} ({path.stat().st_size / 1e6:.1f} MB)\n")
+    """Writes the page and prints its path. Errors: ValueError as `build_report`."""
+    path = build_report(args.run_dir, args.output, log_path=args.log, loads_path=args.loads)
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
     return 0
 
 
@@ -87,7 +78,6 @@ def render(data: dict) -> str:
     """The page as text. Errors: ValueError if Jinja2 or Plotly is not installed."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ValueError(
@@ -98,16 +88,15 @@ def render(data: dict) -> str:
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"scaled": scaled, "binary": binary, "mean_of": mean_of}
-    environment.globals["Markup"] = Markup
     # "<" as an escape: no text of a run can end the block that it stands in.
     data_json = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return environment.get_template("page.html.j2").render(
         **data,
         version=__version__,
-        css=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
-        js=Markup((PAGE / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
-        data_json=Markup(data_json),
+        css=(PAGE / "page.css").read_text(encoding="utf-8"),
+        js=(PAGE / "page.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        data_json=data_json,
     )
 
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+
+from tqdm import tqdm
 
 from megatron_laep.config import AlphaSpec, LaepConfig
 from megatron_laep.placement import rank_loads
-from megatron_laep.tools.load_history import LoadHistory, find_history
+from megatron_laep.stability import Comparison, StabilityThresholds, compare
+from megatron_laep.tools.load_history import LoadHistory, Window, original_ids, read_history
 from megatron_laep.tools.run_files import LOG_NAME, Pruning, read_log, read_prunings
-from megatron_laep.tools.window_ranking import RankingChange, compare_windows
 from megatron_laep.training_log import TrainingLog, mean_between, median_milliseconds
 
 # Means over so many iterations on either side of a pruning, as in scripts/summarize_run.py.
@@ -27,6 +31,8 @@ MEAN_WINDOW = 20
 # of the log in a curve.
 MAX_WINDOW_CHARACTERS = 800_000
 MAX_LOG_LINES = 3000
+# Measures of the stability, and which of two layers is the worse one.
+MEASURES = {"rank_correlation": min, "churn": max, "load_change": max}
 # Arguments of the job that the page lists, beside all that start with laep_ or moe_.
 ARGUMENTS = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads seq_length num_experts "
@@ -49,8 +55,9 @@ def gather(run_dir: Path, *, log_path: Path | None = None, loads_path: Path | No
         raise ValueError(f"{run_dir} is no folder: give the folder of a run (--save)")
     prunings = read_prunings(run_dir)
     log = read_log(run_dir, log_path)
-    found = find_history(run_dir, loads_path)
-    if not prunings and log is None and found is None:
+    maps = [pruning.expert_map for pruning in prunings]
+    history = read_history(run_dir, maps, loads_path)
+    if not prunings and log is None and history is None:
         raise ValueError(
             f"{run_dir} has no laep/iter_* folder, no recorded loads and no {LOG_NAME}: give the "
             "folder that the job got as --save"
@@ -62,8 +69,8 @@ def gather(run_dir: Path, *, log_path: Path | None = None, loads_path: Path | No
             _pruning_data(pruning, position, prunings, log)
             for position, pruning in enumerate(prunings)
         ],
-        "history": _history_data(found, prunings),
-        "stability": None if found is None else _stability_data(found, prunings, log),
+        "history": _history_data(history, prunings),
+        "stability": None if history is None else _stability_data(history, prunings, log),
         "log": None if log is None else _log_data(log, log_name, prunings),
         "settings": None if log is None else _settings(log, log_name),
     }
@@ -144,160 +151,121 @@ def _measured(log: TrainingLog, first: int, pruned: int, last: float) -> dict:
 # -- loads over time -------------------------------------------------------------------------------
 
 
-def _history_data(found: tuple[LoadHistory, str] | None, prunings: Sequence[Pruning]) -> dict | None:
-    """Windows for the heat map, all loads in the numbering of their window, and for each stage (the
-    model before the first pruning, after it, ...) the experts' ids in the original model.
+def _history_data(history: LoadHistory | None, prunings: Sequence[Pruning]) -> dict | None:
+    """Windows for the heat map, all loads in the numbering of their stage, and for each stage the
+    experts' ids in the original model.
 
     Without recorded loads, the windows that the prunings were decided on.
     """
-    if found is None:
+    over_time = history is not None
+    if history is None:
         if not prunings:
             return None
-        layer_numbers = list(prunings[0].expert_map.layer_numbers)
-        windows = [(p.expert_map.iteration, p.tokens_LE) for p in prunings]
-        sources = [f"{pruning.folder}/loads.json: tokens" for pruning in prunings]
-        recorded = len(windows)
-        rows = [f"{pruning.folder}/loads.json" for pruning in prunings]
-    else:
-        history, name = found
-        _check_same_model(history, name, prunings)
-        layer_numbers = list(history.layer_numbers)
-        every = list(zip(history.last_iterations, history.tokens, strict=True))
-        recorded = len(every)
-        shown = _shown_windows(history, [p.expert_map.iteration for p in prunings])
-        windows = [every[i] for i in shown]
-        sources = [f"{name}: tokens"]
-        rows = [f"{name}, window {i + 1} of {recorded}" for i in shown]
-    ids = _original_ids([tokens_E.size for tokens_E in windows[0][1]], prunings)
+        history = LoadHistory(
+            sources=tuple(f"{pruning.folder}/loads.json" for pruning in prunings),
+            layer_numbers=prunings[0].expert_map.layer_numbers,
+            windows=tuple(
+                Window(
+                    first_iteration=max(1, p.expert_map.iteration - p.window + 1),
+                    last_iteration=p.expert_map.iteration,
+                    stage=stage,
+                    tokens_LE=p.tokens_LE,
+                    row=f"{p.folder}/loads.json",
+                )
+                for stage, p in enumerate(prunings)
+            ),
+            original_ids=original_ids([p.expert_map for p in prunings], ()),
+        )
     return {
-        "over_time": found is not None,
-        "source": sources,
-        "layer_numbers": layer_numbers,
-        "original_ids": ids,
-        "recorded_windows": recorded,
+        "over_time": over_time,
+        "source": [f"{source}: tokens" for source in history.sources],
+        "layer_numbers": list(history.layer_numbers),
+        "original_ids": [[list(ids) for ids in stage] for stage in history.original_ids],
+        "recorded_windows": len(history.windows),
+        "left_out": history.left_out,
         "windows": [
             {
-                "last_iteration": iteration,
-                "stage": _stage(iteration, prunings),
-                "row": row,
-                "tokens": [tokens_E.tolist() for tokens_E in tokens_LE],
+                "first_iteration": window.first_iteration,
+                "last_iteration": window.last_iteration,
+                "stage": window.stage,
+                "row": window.row,
+                "tokens": [tokens_E.tolist() for tokens_E in window.tokens_LE],
             }
-            for (iteration, tokens_LE), row in zip(windows, rows, strict=True)
+            for window in _shown_windows(history)
         ],
     }
 
 
-def _stage(iteration: int, prunings: Sequence[Pruning]) -> int:
-    """Prunings that the model had behind it in a window that ends at this iteration."""
-    return sum(pruning.expert_map.iteration < iteration for pruning in prunings)
-
-
-def _original_ids(counts: Sequence[int], prunings: Sequence[Pruning]) -> list[list[list[int]]]:
-    """[stages][L][E of that stage]: the ids in the original model."""
-    if prunings:
-        counts = [layer.experts_before for layer in prunings[0].expert_map.layers]
-    stages = [[list(range(count)) for count in counts]]
-    for pruning in prunings:
-        stages.append(
-            [
-                [ids[old] for old in layer.kept]
-                for ids, layer in zip(stages[-1], pruning.expert_map.layers, strict=True)
-            ]
-        )
-    return stages
-
-
-def _check_same_model(history: LoadHistory, name: str, prunings: Sequence[Pruning]) -> None:
-    if prunings and history.layer_numbers != prunings[0].expert_map.layer_numbers:
-        raise ValueError(
-            f"{name} has MoE layers {list(history.layer_numbers)}, {prunings[0].folder}/map.json "
-            f"{list(prunings[0].expert_map.layer_numbers)}: they are of different models"
-        )
-    stages = _original_ids(history.expert_counts[0], prunings)
-    for iteration, counts in zip(history.last_iterations, history.expert_counts, strict=True):
-        stage = stages[_stage(iteration, prunings)]
-        for number, count, ids in zip(history.layer_numbers, counts, stage, strict=True):
-            if count != len(ids):
-                raise ValueError(
-                    f"{name}: in the window that ends at iteration {iteration}, layer {number} has "
-                    f"{count} experts, by the run's maps it has {len(ids)}: these loads are of "
-                    "another model or another run"
-                )
-
-
-def _shown_windows(history: LoadHistory, prune_iterations: Sequence[int]) -> list[int]:
-    """Positions of the windows that the heat map shows: all, or evenly spread ones with the last
-    before and the first after each pruning."""
-    count = len(history.last_iterations)
-    longest = max(
-        sum(len(str(loads_E.tolist())) for loads_E in window) for window in history.tokens
-    )
+def _shown_windows(history: LoadHistory) -> list[Window]:
+    """The windows that the heat map shows: all, or evenly spread ones with the last before and the
+    first after each pruning."""
+    windows = history.windows
+    longest = max(sum(len(str(e.tolist())) for e in window.tokens_LE) for window in windows)
     most = max(2, MAX_WINDOW_CHARACTERS // longest)
-    if count <= most:
-        return list(range(count))
-    shown = {round(i * (count - 1) / (most - 1)) for i in range(most)}
-    for iteration in prune_iterations:
-        behind = sum(last <= iteration for last in history.last_iterations)
-        shown |= {max(behind - 1, 0), min(behind, count - 1)}
-    return sorted(shown)
+    if len(windows) <= most:
+        return list(windows)
+    shown = {round(i * (len(windows) - 1) / (most - 1)) for i in range(most)}
+    for i, (one, two) in enumerate(pairwise(windows)):
+        if one.stage != two.stage:
+            shown |= {i, i + 1}
+    return [windows[i] for i in sorted(shown)]
 
 
 def _stability_data(
-    found: tuple[LoadHistory, str], prunings: Sequence[Pruning], log: TrainingLog | None
+    history: LoadHistory, prunings: Sequence[Pruning], log: TrainingLog | None
 ) -> dict:
-    """Changes of the ranking from each recorded window to the next: of all windows, not only of
-    those that the heat map shows."""
-    history, name = found
+    """Each recorded window against the one before it: of all windows, not only of those that the
+    heat map shows."""
     alpha, beta, rules_source = _rules(prunings, log)
-    alpha_spec = AlphaSpec.parse(alpha)
-    stages = _original_ids(history.expert_counts[0], prunings)
+    spec = AlphaSpec.parse(alpha)
+    thresholds = StabilityThresholds()
     changes = []
-    for index in range(1, len(history.last_iterations)):
-        iterations = history.last_iterations[index - 1 : index + 1]
-        one, two = (_stage(iteration, prunings) for iteration in iterations)
+    pairs = list(pairwise(history.windows))
+    for before, now in tqdm(pairs, desc="stability", delay=2, disable=None, file=sys.stderr):
         layers = []
         for position, number in enumerate(history.layer_numbers):
-            before_E, after_E = (history.tokens[i][position] for i in (index - 1, index))
-            if one != two:
+            before_E, now_E = before.tokens_LE[position], now.tokens_LE[position]
+            if before.stage != now.stage:
                 # The experts of both windows, in the order of the later one.
-                place_of = {expert: i for i, expert in enumerate(stages[one][position])}
-                before_E = before_E[[place_of[expert] for expert in stages[two][position]]]
-                if not before_E.any() or not after_E.any():
-                    layers.append(None)
-                    continue
-            change = compare_windows(
-                before_E,
-                after_E,
-                alpha=alpha_spec.for_layer(number),
-                beta=beta,
-                same_model=one == two,
-            )
-            layers.append(change)
+                old_ids, new_ids = (history.original_ids[w.stage][position] for w in (before, now))
+                place_of = {expert: i for i, expert in enumerate(old_ids)}
+                before_E = before_E[[place_of[expert] for expert in new_ids]]
+            rule = {"alpha": spec.for_layer(number), "beta": beta}
+            layers.append(compare(before_E, now_E, **rule, thresholds=thresholds))
         changes.append(
             {
-                "from": iterations[0],
-                "to": iterations[1],
-                "row": f"{name}, windows {index} and {index + 1}",
-                **_over_layers(layers, history.layer_numbers),
+                "from": before.last_iteration,
+                "to": now.last_iteration,
+                "row": f"{before.row} and {now.row}",
+                **_over_layers(layers, history.layer_numbers, same_model=before.stage == now.stage),
             }
         )
-    return {"source": f"{name}: tokens", "rules": [alpha, beta, rules_source], "changes": changes}
+    return {
+        "source": "; ".join(f"{source}: tokens" for source in history.sources),
+        "rules": [alpha, beta, rules_source],
+        "thresholds": {name: getattr(thresholds, name) for name in MEASURES},
+        "changes": changes,
+    }
 
 
-def _over_layers(layers: Sequence[RankingChange | None], layer_numbers: Sequence[int]) -> dict:
-    """For each measure the median of the layers, the worst one and which it is."""
+def _over_layers(
+    layers: Sequence[Comparison], layer_numbers: Sequence[int], *, same_model: bool
+) -> dict:
+    """For each measure the median of the layers, the worst one and which it is. No churn across a
+    pruning: the rule then looks at another layer."""
     result = {}
-    for measure, worst in (("rank_correlation", min), ("churn", max), ("tokens_moved", max)):
-        values = [
-            (getattr(change, measure), number)
-            for change, number in zip(layers, layer_numbers, strict=True)
-            if change is not None and getattr(change, measure) is not None
-        ]
-        result[measure] = None
-        if values:
-            value, number = worst(values, key=lambda pair: pair[0])
-            middle = statistics.median(pair[0] for pair in values)
-            result[measure] = {"median": middle, "worst": value, "worst_layer": number}
+    for measure, worst in MEASURES.items():
+        values = [getattr(comparison, measure) for comparison in layers]
+        value = worst(values)
+        result[measure] = {
+            "median": statistics.median(values),
+            "worst": value,
+            "worst_layer": layer_numbers[values.index(value)],
+        }
+    if not same_model:
+        result["churn"] = None
+    result["layers_within"] = sum(x.passed for x in layers) if same_model else None
+    result["layers"] = len(layers)
     return result
 
 

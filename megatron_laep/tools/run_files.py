@@ -9,6 +9,7 @@ Shape suffixes: L MoE layers, E experts.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ import numpy as np
 from megatron_laep.expert_map import ExpertMap, compose
 from megatron_laep.pruning import checked_loads
 from megatron_laep.summary import LayerRow, PruningSummary
-from megatron_laep.tools.load_history import read_json
 from megatron_laep.training_log import TrainingLog, parse_log
 
 LOG_NAME = "train.log"
@@ -33,6 +33,23 @@ class Pruning:
     table: dict
     window: int
     tokens_LE: tuple[np.ndarray, ...]
+
+
+def read_json(path: Path) -> object:
+    """A JSON file. Errors: ValueError that says what is wrong, also for the NaN that Python's
+    writer lets through."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which is no number: the run that wrote it went bad")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"it is not valid JSON ({error}): the file was cut short or edited"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not a text file") from None
 
 
 def read_prunings(run_dir: Path) -> list[Pruning]:
@@ -124,11 +141,24 @@ def _check_table(data: object, expert_map: ExpertMap) -> None:
             f"{expert_map.hash[:12]}: the files are of different prunings"
         )
     row_fields = {field.name for field in dataclasses.fields(LayerRow)}
+    _check_numbers(data, PruningSummary, "")
     rows = data["rows"]
     if not isinstance(rows, list) or any(set(row) != row_fields for row in rows):
         raise ValueError(f"each of its rows must have the fields {', '.join(sorted(row_fields))}")
+    for row in rows:
+        _check_numbers(row, LayerRow, f"layer {row['layer_number']}: ")
     if [row["layer_number"] for row in rows] != list(expert_map.layer_numbers):
         raise ValueError("its rows are not the layers of map.json: the file is incomplete")
+
+
+def _check_numbers(values: dict, kind: type, where: str) -> None:
+    """Every field of a summary is a number, but for its rows and hash; unknown ones are None."""
+    for field in dataclasses.fields(kind):
+        value = values[field.name]
+        if field.name in ("rows", "expert_map_hash") or (value is None and "None" in field.type):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}{field.name} must be a number, got {value!r}")
 
 
 def read_log(run_dir: Path, given: Path | None) -> TrainingLog | None:

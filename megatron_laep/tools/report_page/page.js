@@ -60,7 +60,8 @@
         const [traces, extra, height] = draw(plot.clientWidth);
         plot.style.height = height + "px";
         Plotly.react(plot, traces, layout(Object.assign({ height }, extra)),
-          { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+          // Named one by one: Plotly's own choice has a button that sends the data to its makers.
+          { responsive: true, displaylogo: false, plotlyServerURL: "", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
         if (details.open) fillTable(details.querySelector(".scroll"), numbers());
       },
     };
@@ -195,7 +196,7 @@
     function loadsOf(windowIndex, layer) {
       const window_ = windows[windowIndex];
       const tokens = window_.tokens[layer];
-      const mean = tokens.reduce((sum, n) => sum + n, 0) / tokens.length;
+      const mean = tokens.reduce((sum, n) => sum + n, 0) / tokens.length || 1; // 1: no token at all
       const found = new Array(history.original_ids[0][layer].length).fill(null);
       history.original_ids[window_.stage][layer].forEach((original, current) => {
         found[original] = { tokens: tokens[current], current, relative: tokens[current] / mean };
@@ -345,7 +346,7 @@
 
   if (data.stability) {
     const changes = data.stability.changes;
-    const measures = [["rank_correlation", "rank correlation", "before"], ["churn", "churn", "after"], ["tokens_moved", "tokens moved", "third"]];
+    const measures = [["rank_correlation", "rank correlation", "before"], ["churn", "churn", "after"], ["load_change", "load change", "third"]];
     figure("fig-stability", () => {
       const extra = Object.assign({ xaxis: axis({ title: { text: "last iteration of the later window" }, anchor: "y3", domain: [0, 1] }) }, pruningMarks());
       const traces = [];
@@ -353,6 +354,10 @@
         const suffix = i ? String(i + 1) : "";
         const top = 1 - i * 0.36;
         extra["yaxis" + suffix] = axis({ title: { text: name }, domain: [Math.max(0, top - 0.28), top], rangemode: key === "rank_correlation" ? "normal" : "tozero" });
+        extra.shapes.push({
+          type: "line", xref: "paper", x0: 0, x1: 1, yref: "y" + suffix, y0: data.stability.thresholds[key], y1: data.stability.thresholds[key],
+          layer: "below", line: { color: colour("muted"), width: 1, dash: "dashdot" },
+        });
         for (const which of ["median", "worst"]) {
           traces.push({
             type: "scatter", mode: "lines+markers", x: changes.map((c) => c.to), y: changes.map((c) => (c[key] ? c[key][which] : null)),
@@ -373,7 +378,7 @@
         row[name + ", worst"] = c[key] ? c[key].worst : null;
         row["in layer" + " (" + name + ")"] = c[key] ? c[key].worst_layer : null;
       }
-      return Object.assign(row, { source: c.row });
+      return Object.assign(row, { "layers within all thresholds": c.layers_within, "of layers": c.layers, source: c.row });
     }));
   }
 
