@@ -392,7 +392,7 @@
       const bar = (name, key, shade, pattern) => ({
         type: "bar", name, x: numbers, y: pruning.layers.map((layer) => layer[key].length),
         marker: { color: pattern ? "rgba(0,0,0,0)" : colour(shade), line: { color: colour(shade), width: numbers.length > 60 ? 0.5 : 1 }, pattern: pattern ? { shape: "/", size: 6, solidity: 0.25, fgcolor: colour(shade), bgcolor: "rgba(0,0,0,0)" } : undefined },
-        text: pattern || numbers.length > 24 ? undefined : pruning.layers.map((layer) => `${layer.kept.length} of ${layer.kept.length + layer.pruned.length}`),
+        text: pattern || numbers.length > 24 ? undefined : pruning.layers.map((layer) => layer.kept.length + (numbers.length > 6 ? "" : ` of ${layer.kept.length + layer.pruned.length}`)),
         textposition: "inside", insidetextanchor: "middle", textangle: 0, textfont: { color: colour("panel") },
         hovertemplate: `layer %{x}: %{y} ${name}<extra></extra>`,
       });
