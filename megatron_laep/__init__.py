@@ -4,11 +4,14 @@ The folder, in the order in which a run passes through it:
 
 * ``config``, ``validation``: the ``--laep-*`` flags and the checks of them before a model is built.
 * ``moe_layer``, ``routing_stats``, ``metrics``: count the tokens of each expert, close windows, log.
-* ``pruning``, ``placement``, ``planning``, ``expert_map``, ``summary``: the pure part, loads in and
-  an expert map out; numpy only.
+* ``recording``, ``load_recorder``, ``load_log``: the loads of a whole run in a file, and its reader.
+* ``stability``, ``pruning``, ``placement``, ``planning``, ``expert_map``, ``summary``: the pure
+  part, loads in and an expert map out; numpy only.
 * ``checkpoint``, ``optimizer_state``: the map inside the checkpoint, loading through the map.
-* ``training``, ``parallel``, ``hooks``: the state machine in Megatron's loop and the rebuild.
+* ``training``, ``job``, ``parallel``: the hooks in Megatron's loop, the state machine that they
+  drive, the rebuild; with ``hooks``, ``events`` (log lines) and ``model_size``.
 * ``__main__``: the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``.
+* ``tools``, ``cost_inputs``, ``cost_model``: the ``laep`` command, offline.
 * ``cpu``: lets stock Megatron train on gloo processes without a GPU; never imported on a GPU run.
 """
 

@@ -107,8 +107,14 @@ class Job:
             self._starts_over |= self._source is not None and (
                 args.finetune or self._source.name == "release"
             )
-            if self._source is not None and self._record is None and self.config.enabled:
-                self._check_foreign_format()
+            in_another_format = self._source is not None and self._record is None
+            if in_another_format and self.config.enabled and not self._starts_over:
+                raise ValueError(
+                    f"{self._source} is not in --ckpt-format torch_dist, so it cannot say which "
+                    f"iterations --laep-prune-iteration {self.config.prune_iteration} would follow "
+                    "on; convert it first with --ckpt-convert-format torch_dist and "
+                    "--ckpt-convert-save"
+                )
         if self._record is not None:
             self.expert_map = self._record.expert_map
             self.map_state = self._record.map_state
@@ -123,14 +129,6 @@ class Job:
             )
         if self.expert_map is not None and self.config.expert_model_parallel_size is not None:
             args.expert_model_parallel_size = self.config.expert_model_parallel_size
-
-    def _check_foreign_format(self) -> None:
-        if not self._starts_over:
-            raise ValueError(
-                f"{self._source} is not in --ckpt-format torch_dist, so it cannot say which "
-                f"iterations --laep-prune-iteration {self.config.prune_iteration} would follow on; "
-                "convert it first with --ckpt-convert-format torch_dist and --ckpt-convert-save"
-            )
 
     def _continue_own_run(self, args: Namespace, rebuilt: bool) -> None:
         """Makes the job go on from --save if that holds a checkpoint of a LAEP job.
@@ -174,7 +172,7 @@ class Job:
                 # Read once: a file that changes while the job runs must not fail it at the pruning.
                 self._plan = validation.read_plan(args, self.config)
             # Where only weights are taken over, iterations count from 0 again.
-            record = Record() if self._starts_over and not pruned else self._record
+            record = None if self._starts_over and not pruned else self._record
             validation.check_start(record, self.config, self._source)
         if self.config.record_interval is not None:
             validation.check_recording(args, self.config)
@@ -267,8 +265,7 @@ class Job:
 
     def log_loads(self, iteration: int, tensorboard: object, wandb: object) -> None:
         """Logs load imbalance since the last call. A collective."""
-        tokens_LE = self._stats.tokens_since(self._log_start_LE)
-        self._log_start_LE = self._stats.snapshot()
+        tokens_LE, self._log_start_LE = self._stats.advance(self._log_start_LE)
         tokens = dict(zip(self._stats.layer_numbers, tokens_LE, strict=True))
         found = metrics.load_metrics(tokens, parallel_state.get_expert_model_parallel_world_size())
         events.log(

@@ -69,7 +69,7 @@ def warn_if_alive(references: list[weakref.ref]) -> None:
         )
 
 
-def tear_down() -> int:
+def tear_down() -> None:
     """Forgets all of Megatron's global state and destroys every group but the default one.
 
     A collective: every rank has to call it, after all of them have left the training loop and
@@ -77,9 +77,6 @@ def tear_down() -> int:
 
     Megatron's own ``destroy_model_parallel`` sets its groups to None but leaves their
     communicators alive, so each rebuild would leak them.
-
-    Returns:
-        How many groups this rank was a member of and destroyed.
     """
     if not torch.distributed.is_initialized():
         raise RuntimeError(
@@ -100,4 +97,3 @@ def tear_down() -> int:
     gc.collect()
     torch.cuda.empty_cache()
     torch.distributed.barrier()
-    return len(groups)

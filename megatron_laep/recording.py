@@ -63,7 +63,7 @@ class Recording:
         """Writes the window that ends here, if one does; a collective then."""
         if iteration % self._interval:
             return
-        tokens = self._stats.tokens_since(self._start_LE)
+        tokens, self._start_LE = self._stats.advance(self._start_LE)
         if self._writer is not None:
             try:
                 self._writer.append(
@@ -75,7 +75,7 @@ class Recording:
             except OSError as error:
                 # The training is worth more than its record.
                 events.log("record_failed", iteration=iteration, error=error)
-        self._start, self._start_LE = iteration, self._stats.snapshot()
+        self._start = iteration
 
     def close(self) -> None:
         if self._writer is not None:

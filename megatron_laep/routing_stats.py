@@ -1,7 +1,7 @@
 """Windows over the token counts of the MoE layers.
 
 The layers count on the device and never stop (``moe_layer``). A window is the difference of two
-readings; only ``tokens_since`` and ``read`` speak to other ranks or to the host, and they are called at
+readings; only ``advance`` and what calls it speak to other ranks or to the host, and only at
 window ends, at saves and at log intervals, never inside a step.
 """
 
@@ -74,13 +74,19 @@ class RoutingStats:
 
         A collective over the default group.
         """
-        delta_LE = self.snapshot() - start_LE
+        return self.advance(start_LE)[0]
+
+    def advance(self, start_LE: torch.Tensor) -> tuple[list[np.ndarray], torch.Tensor]:
+        """``tokens_since`` a snapshot, and the snapshot from which the next interval counts."""
+        now_LE = self.snapshot()
+        delta_LE = now_LE - start_LE
         torch.distributed.all_reduce(delta_LE)
         tokens_LE = delta_LE.cpu().numpy()
-        return [
+        tokens = [
             tokens_E[:count]
             for tokens_E, count in zip(tokens_LE, self.expert_counts.values(), strict=True)
         ]
+        return tokens, now_LE
 
 
 class PruningWindow:

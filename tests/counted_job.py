@@ -73,8 +73,8 @@ class Recorder:
             self._stats = RoutingStats(layers)
             self._start_LE = self._stats.snapshot()
         result = self._train_step(forward_step, data, model, *args, iteration=iteration, **kwargs)
-        tokens = [tokens_E.tolist() for tokens_E in self._stats.tokens_since(self._start_LE)]
-        self._start_LE = self._stats.snapshot()
+        tokens_LE, self._start_LE = self._stats.advance(self._start_LE)
+        tokens = [tokens_E.tolist() for tokens_E in tokens_LE]
         self.counts[iteration + 1] = (
             dict(zip(self._stats.layer_numbers, tokens, strict=True)),
             {number: list(counts) for number, counts in self._arrivals.items()},

@@ -16,6 +16,7 @@ import yaml
 from megatron_laep.config import LaepConfig
 from megatron_laep.planning import make_expert_map
 from megatron_laep.tools import simulate
+from megatron_laep.tools.__main__ import main as laep
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "configs" / "yuan3-ultra-103l-64e-1515b.yaml"
@@ -40,7 +41,7 @@ TINY = {
 
 def main(capsys, *arguments) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of the command in this process."""
-    code = simulate.main([str(argument) for argument in arguments])
+    code = laep(["simulate", *map(str, arguments)])
     return code, *capsys.readouterr()
 
 
@@ -219,7 +220,7 @@ def test_bad_loads_are_one_sentence_and_exit_code_2(capsys, tiny, tmp_path, text
     hardware = ROOT / "configs" / "hardware-h100.yaml"
     code, out, err = main(capsys, tiny, path, "--hardware", hardware)
     assert (code, out) == (2, "")
-    assert err.startswith("laep simulate: ")
+    assert err.startswith("laep: ")
     assert err.count("\n") == 1
     assert message in err
     assert "loads.json" in err
@@ -278,8 +279,8 @@ def test_broken_yaml(capsys, tmp_path):
 def test_it_starts_in_under_a_second_without_torch():
     """Processor time of the whole command, which does not depend on who else is computing."""
     code = (
-        "import sys\nfrom megatron_laep.tools import simulate\n"
-        f"code = simulate.main([{str(MODEL)!r}, {str(LOADS)!r}, '--hardware', 'a800'])\n"
+        "import sys\nfrom megatron_laep.tools.__main__ import main\n"
+        f"code = main(['simulate', {str(MODEL)!r}, {str(LOADS)!r}, '--hardware', 'a800'])\n"
         "print(code, [m for m in ('torch', 'megatron', 'scipy') if m in sys.modules])"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,12 +34,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     """Adds the subcommand `simulate`; its `run` default takes the parsed arguments."""
     text = "Step time, TFLOPS per GPU and memory before and after pruning, from a cost model."
     parser = subparsers.add_parser("simulate", help=text, description=text)
-    _add_arguments(parser)
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL.yaml", help="shape, parallelism and default rules"
     )
@@ -48,8 +41,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "loads",
         type=Path,
         metavar="LOADS",
-        help="JSON with layer_numbers and tokens[layer][expert], such as a job's "
-        "laep/iter_*/loads.json, or tokens[window][layer][expert]",
+        help="recorded loads: a log (loads-*.bin) or the folder that holds it, a job's "
+        "laep/iter_*/loads.json, or JSON of windows",
     )
     parser.add_argument(
         "--hardware",
@@ -86,20 +79,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "this many TFLOPS per GPU (a measured number)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command alone, as `python -m megatron_laep.tools.simulate`; the exit code, 2 after an
-    error.
-    """
-    parser = argparse.ArgumentParser(prog="laep simulate")
-    _add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except ValueError as error:
-        print(f"laep simulate: {error}", file=sys.stderr)
-        return 2
+    parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -375,7 +356,3 @@ def format_result(result: dict) -> str:
         if not variant["fits_memory"]
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
