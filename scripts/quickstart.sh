@@ -106,6 +106,7 @@ train() {
         --eval-iters 10
         --log-interval 5
         --laep-prune-iteration "$prune_iteration"
+        --laep-record-interval 10
     )
     # torch.distributed.run is torchrun: started as a module it is surely the environment's own.
     "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
