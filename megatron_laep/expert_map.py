@@ -64,8 +64,9 @@ class LayerMap:
     experts_before: number of experts of the layer in the old numbering (E).
     kept: old expert ids in new order, `kept[new_expert_id] == old_expert_id`; unique; length
         K >= 1.
-    experts_per_rank: number of experts on each rank of the new EP group (length R, each >= 1, sum
-        K). The value allows uneven counts; whoever builds the model may not.
+    experts_per_rank: number of experts on each rank of the new EP group (length R, sum K), in the
+        order of new ids: rank r holds the block of ids that follows those of ranks 0 to r - 1. The
+        counts may differ; a rank with 0 holds no expert of this layer.
     loads: tokens per old expert in the window that the decision was made on (length E), or () if
         unknown.
 
@@ -86,7 +87,7 @@ class LayerMap:
             "layer_number": number,
             "experts_before": _plain_int(self.experts_before, f"{where}: experts_before", 1),
             "kept": _plain_ints(self.kept, f"{where}: kept", 0),
-            "experts_per_rank": _plain_ints(self.experts_per_rank, f"{where}: experts_per_rank", 1),
+            "experts_per_rank": _plain_ints(self.experts_per_rank, f"{where}: experts_per_rank", 0),
             "loads": _plain_ints(self.loads, f"{where}: loads", 0),
         }
         for name, value in converted.items():

@@ -105,6 +105,7 @@ class TestLayerMap:
 
     def test_uneven_blocks_are_a_value(self):
         assert layer(experts_per_rank=(3, 1)).experts_per_rank == (3, 1)
+        assert layer(experts_per_rank=(4, 0)).experts_per_rank == (4, 0)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -124,7 +125,7 @@ class TestLayerMap:
                 {"experts_per_rank": (2, 3)},
                 r"layer 7 keeps 4 experts, but experts_per_rank \[2, 3\] sums to 5",
             ),
-            ({"experts_per_rank": (4, 0)}, r"experts_per_rank\[1\] must be at least 1, got 0"),
+            ({"experts_per_rank": (5, -1)}, r"experts_per_rank\[1\] must be at least 0, got -1"),
             ({"loads": (1, 2)}, "layer 7 has 2 loads for 6 experts"),
             ({"loads": (1, 2, 3, 4, 5, -6)}, r"loads\[5\] must be at least 0, got -6"),
             ({"loads": (1, 2, 3, 4, 5, float("nan"))}, r"loads\[5\] must be an integer, got nan"),
