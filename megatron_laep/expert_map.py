@@ -132,15 +132,6 @@ class LayerMap:
         """True if every expert stays under its old id."""
         return self.kept == tuple(range(self.experts_before))
 
-    def with_equal_blocks(self, expert_parallel_size: int) -> LayerMap:
-        """The same experts in the same order, in equal blocks over `expert_parallel_size` ranks."""
-        return replace(
-            self,
-            experts_per_rank=equal_blocks(
-                self.experts_after, expert_parallel_size, self.layer_number
-            ),
-        )
-
 
 def equal_blocks(num_experts: int, expert_parallel_size: int, layer_number: int) -> tuple[int, ...]:
     """Experts on each EP rank, equal counts; ValueError if they do not divide."""
@@ -258,16 +249,31 @@ class ExpertMap:
         """The first 12 digits of `hash`, for log lines."""
         return self.hash[:12]
 
-    def with_equal_blocks(self, expert_parallel_size: int) -> ExpertMap:
-        """The same experts in the same order for another EP size after, in equal blocks.
+    def laid_out_for(self, expert_parallel_size: int) -> ExpertMap:
+        """The same experts in the same order on `expert_parallel_size` ranks.
 
-        Errors: ValueError if some layer's experts do not divide by `expert_parallel_size`.
+        For its own size that is the map as it is. On another number of ranks each holds a block as
+        equal as the count allows; which ranks hold one more goes round from layer to layer, so that
+        no rank collects them.
+        Errors: ValueError if some layer has fewer experts than there are ranks.
         """
-        return replace(
-            self,
-            layers=tuple(layer.with_equal_blocks(expert_parallel_size) for layer in self.layers),
-            expert_parallel_size_after=expert_parallel_size,
-        )
+        ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
+        if ranks == self.expert_parallel_size_after:
+            return self
+        layers, first = [], 0
+        for layer in self.layers:
+            if layer.experts_after < ranks:
+                raise ValueError(
+                    f"layer {layer.layer_number} keeps {layer.experts_after} experts, fewer than "
+                    f"expert-model-parallel-size {ranks}: use at most {layer.experts_after}, or "
+                    f"{self.expert_parallel_size_after}, for which the map was made"
+                )
+            each, more = divmod(layer.experts_after, ranks)
+            fuller = {(first + i) % ranks for i in range(more)}
+            first += more
+            blocks = tuple(each + (rank in fuller) for rank in range(ranks))
+            layers.append(replace(layer, experts_per_rank=blocks))
+        return replace(self, layers=tuple(layers), expert_parallel_size_after=ranks)
 
     def _content(self) -> dict[str, object]:
         content = {field.name: getattr(self, field.name) for field in fields(self)}

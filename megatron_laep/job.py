@@ -201,6 +201,10 @@ class Job:
             return "all"
         return str(sum(layer.experts_after for layer in self.expert_map.layers))
 
+    def layout(self) -> ExpertMap:
+        """The map, laid out for the expert-parallel size that the job has now."""
+        return self.expert_map.laid_out_for(parallel_state.get_expert_model_parallel_world_size())
+
     # -- loading and counting ------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -1,26 +1,23 @@
-"""The drop-in MoE layer: counts tokens per expert, and can be read from a checkpoint through a map.
+"""The drop-in MoE layer: counts tokens per expert, holds any number of them on a rank, and can be read
+from a checkpoint through a map.
 
 ``LaepMoELayer`` stands wherever Megatron's layer specs name ``MoELayer``; it is one, so every
-``isinstance`` test passes. ``set_layer_counts`` gives each layer its own number of experts.
+``isinstance`` test passes. ``set_layer_counts`` gives each layer its own experts on each rank.
 """
 
 import copy
 from dataclasses import replace
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_laep.expert_map import ExpertMap, LayerMap
-
-# Per-expert tensors of the router, with one row for each expert.
-_ROUTER_ROWS = ("router.weight", "router.bias", "router.expert_bias")
+from megatron_laep.sharding import place_entries
+from megatron_laep.slot_table import SlotTable
+from megatron_laep.token_dispatcher import DISPATCHERS
 
 
 class LaepMoELayer(MoELayer):
@@ -34,8 +31,21 @@ class LaepMoELayer(MoELayer):
             checkpoint that still has the old numbering; see ``checkpoint``.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection=None,
+        **named,
+    ) -> None:
+        table = getattr(config, "laep_slot_table", None)
+        if table is None or table.even:
+            super().__init__(config, submodules, layer_number, pg_collection, **named)
+            self._table = None
+        else:
+            pg_collection = pg_collection or get_default_pg_collection()
+            self._build_uneven(config, submodules, layer_number, pg_collection, table, **named)
         self.read_through: LayerMap | None = None
         self.register_buffer(
             "laep_tokens_per_expert",
@@ -44,6 +54,36 @@ class LaepMoELayer(MoELayer):
             ),
             persistent=False,
         )
+
+    def _build_uneven(
+        self, layer_config, submodules, layer_number, pg_collection, table: SlotTable, **named
+    ) -> None:
+        """Builds a layer of ``table``'s experts.
+
+        Megatron's constructor divides a number of experts by the ranks. It is given the slots, and
+        its router and experts are told the truth.
+        """
+        own = table.experts_on(pg_collection.ep.rank())
+
+        def build_router(*, config: TransformerConfig, **more):
+            return submodules.router(config=layer_config, **more)
+
+        def build_experts(_num_slots: int, _in_slots: TransformerConfig, **more):
+            if not own:
+                return NoExperts(layer_config)
+            return submodules.experts(len(own), layer_config, **more)
+
+        in_slots = copy.copy(layer_config)
+        in_slots.num_moe_experts = table.num_slots
+        told = replace(submodules, router=build_router, experts=build_experts)
+        super().__init__(in_slots, told, layer_number, pg_collection, **named)
+        self.config, self.submodules = layer_config, submodules
+        self.num_local_experts, self.local_expert_indices = len(own), list(own)
+        dispatcher = DISPATCHERS[layer_config.moe_token_dispatcher_type]
+        self.token_dispatcher = dispatcher(table, layer_config, pg_collection)
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        self._table = table
 
     def route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None):
         probs, routing_map = super().route(hidden_states, padding_mask)
@@ -57,116 +97,65 @@ class LaepMoELayer(MoELayer):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.read_through is not None:
-            if sharded_offsets:
-                raise ValueError(
-                    f"layer {self.layer_number}: the checkpoint stacks its layers along an axis "
-                    f"(offsets {sharded_offsets}), which cannot be read through an expert map; "
-                    "checkpoints with a pending map are written with one key for each layer"
-                )
-            retarget_entries(entries, prefix, self.read_through)
+        if self.read_through is None and self._table is None:
+            return entries
+        if sharded_offsets:
+            raise ValueError(
+                f"layer {self.layer_number}: the checkpoint stacks its layers along an axis "
+                f"(offsets {sharded_offsets}), which has no room for layers with different experts; "
+                "checkpoints of pruned models are written with one key for each layer"
+            )
+        ranks = self.ep_group.size()
+        place_entries(
+            entries,
+            prefix,
+            self.layer_number,
+            rank=self.ep_group.rank(),
+            table=self._table or SlotTable((self.num_local_experts,) * ranks),
+            read_through=self.read_through,
+        )
         return entries
 
 
-def retarget_entries(entries: dict, prefix: str, layer_map: LayerMap) -> None:
-    """Points a layer's sharded entries, in place, at where its tensors lie before the pruning.
+class NoExperts(MegatronModule):
+    """Stands for the experts of a layer on a rank that holds none of them.
 
-    New expert ``n`` reads what the checkpoint holds for ``layer_map.kept[n]``; an expert that was
-    pruned is not asked for by anybody. The optimizer clones these entries, so its moments and fp32
-    masters follow. Entries without an expert axis (shared experts, latent projections) stay.
-
-    Args:
-        entries: what ``MoELayer.sharded_state_dict`` returned on this rank, for layers that are not
-            stacked: the expert axis is axis 0.
-        prefix: key prefix of the layer in ``entries``.
-        layer_map: the map of this layer; its experts after pruning are those of the built layer.
-
-    Raises:
-        ValueError: an entry of the experts is of a kind or shape that has no expert axis, so it
-            could not follow the map.
+    Gets no tokens and gives none back, but stays in the graph of both inputs: the backward pass of the
+    dispatcher has a collective for each.
     """
-    for key, entry in entries.items():
-        if key.startswith(f"{prefix}experts."):
-            entries[key] = _retarget_expert(entry, layer_map)
-        elif key in [prefix + name for name in _ROUTER_ROWS]:
-            entries[key] = _rows_factory(entry, layer_map)
 
+    num_local_experts = 0
 
-def _retarget_expert(entry, layer_map: LayerMap):
-    if isinstance(entry, ShardedTensorFactory):
-        build = entry.build_fn
+    def forward(self, hidden_states, tokens_per_expert, permuted_probs):
+        """[0, hidden], [0], [0] -> [0, hidden] and no bias."""
+        return (hidden_states * permuted_probs.unsqueeze(-1)).to(hidden_states.dtype), None
 
-        def build_and_retarget(key, tensor, replica_id, flattened_range):
-            built = build(key, tensor, replica_id, flattened_range)
-            dict_list_map_inplace(lambda part: _retarget_expert(part, layer_map), built)
-            return built
+    def backward_dw(self) -> None:
+        """There are no weights to delay the gradients of."""
 
-        return replace(entry, build_fn=build_and_retarget)
-    if not isinstance(entry, ShardedTensor | ShardedObject):
-        raise ValueError(
-            f"layer {layer_map.layer_number}: got a {type(entry).__name__} among the expert weights, "
-            "wanted a ShardedTensor, ShardedTensorFactory or ShardedObject; this expert "
-            "implementation cannot be pruned"
-        )
-    if entry.global_shape[0] != layer_map.experts_after:
-        raise ValueError(
-            f"{entry.key}: got {entry.global_shape[0]} experts along axis 0, the map of layer "
-            f"{layer_map.layer_number} keeps {layer_map.experts_after}; the model was not built for "
-            "this map"
-        )
-    old_expert_id = layer_map.kept[entry.global_offset[0]]
-    moved = dict(
-        global_shape=(layer_map.experts_before, *entry.global_shape[1:]),
-        global_offset=(old_expert_id, *entry.global_offset[1:]),
-    )
-    if isinstance(entry, ShardedTensor) and entry.axis_fragmentations is not None:
-        moved["axis_fragmentations"] = (layer_map.experts_before, *entry.axis_fragmentations[1:])
-    return replace(entry, **moved)
-
-
-def _rows_factory(entry: ShardedTensor, layer_map: LayerMap) -> ShardedTensorFactory:
-    """Splits a tensor with one row an expert ([K, ...], the same on all EP ranks) into its rows."""
-    if entry.global_shape[0] != layer_map.experts_after or entry.local_shape != entry.global_shape:
-        raise ValueError(
-            f"{entry.key}: got local shape {tuple(entry.local_shape)} of global "
-            f"{tuple(entry.global_shape)}, wanted all {layer_map.experts_after} rows of layer "
-            f"{layer_map.layer_number} on every rank"
-        )
-
-    def build(key, tensor, replica_id, _flattened_range):
-        return [
-            ShardedTensor.from_rank_offsets(
-                key,
-                tensor[new_expert_id : new_expert_id + 1],
-                (0, old_expert_id, layer_map.experts_before),
-                replica_id=replica_id,
-            )
-            for new_expert_id, old_expert_id in enumerate(layer_map.kept)
-        ]
-
-    return ShardedTensorFactory(
-        key=entry.key,
-        data=entry.data,
-        build_fn=build,
-        merge_fn=torch.cat,
-        replica_id=entry.replica_id,
-    )
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        return {}
 
 
 def set_layer_counts(config: TransformerConfig, expert_map: ExpertMap) -> None:
-    """Makes a block's config hand each layer its own number of experts, in place.
+    """Makes a block's config hand each layer its own experts on each rank, in place.
+
+    Args:
+        config: of the block.
+        expert_map: laid out for the expert-parallel size of the job.
 
     ``TransformerBlock`` asks ``config.get_config_for_layer(n)`` when ``heterogeneous_block_specs`` is
     set, and then also writes one checkpoint key for each layer. A layer's config is a shallow copy:
     re-running ``__post_init__`` would validate, and change, values that are derived already.
     """
-    counts = {layer.layer_number: layer.experts_after for layer in expert_map.layers}
+    tables = {layer.layer_number: SlotTable(layer.experts_per_rank) for layer in expert_map.layers}
 
     def get_config_for_layer(layer_number: int) -> TransformerConfig:
-        if layer_number not in counts:
+        if layer_number not in tables:
             return config
         layer_config = copy.copy(config)
-        layer_config.num_moe_experts = counts[layer_number]
+        layer_config.num_moe_experts = tables[layer_number].num_experts
+        layer_config.laep_slot_table = tables[layer_number]
         return layer_config
 
     config.get_config_for_layer = get_config_for_layer

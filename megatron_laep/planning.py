@@ -148,10 +148,3 @@ def check_plan(
             f"--laep-expert-model-parallel-size {expert_map.expert_parallel_size_after}, or a plan "
             f"for {expert_parallel_size}"
         )
-    for layer in expert_map.layers:
-        if len(set(layer.experts_per_rank)) > 1:
-            raise ValueError(
-                f"{source} gives the ranks of layer {layer.layer_number} "
-                f"{list(layer.experts_per_rank)} experts: Megatron needs the same number on every "
-                "expert-parallel rank"
-            )

@@ -138,7 +138,7 @@ def _hooks() -> list[Hook]:
         Hook(
             "megatron.core.transformer.transformer_block:TransformerBlock._build_layers",
             _build_layers,
-            "give each layer its own expert count, whoever made the config",
+            "give each layer its own experts, whoever made the config",
         ),
         Hook(f"{loop}:load_checkpoint", _load_checkpoint, "load through the map"),
         Hook(
@@ -227,7 +227,7 @@ def _build_layers(original):
     def build_layers(self):
         job = _active_job()
         if job is not None and job.expert_map is not None:
-            set_layer_counts(self.config, job.expert_map)
+            set_layer_counts(self.config, job.layout())
         return original(self)
 
     return build_layers

@@ -14,6 +14,7 @@ from megatron_laep import planning
 from megatron_laep.checkpoint import Record
 from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap
+from megatron_laep.token_dispatcher import DISPATCHERS
 
 
 def moe_layer_numbers(args: Namespace) -> list[int]:
@@ -86,7 +87,7 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "would mix; route without --moe-router-num-groups and --moe-router-group-topk",
         ),
         (
-            dispatcher not in ("alltoall", "allgather"),
+            dispatcher not in DISPATCHERS,
             f"--moe-token-dispatcher-type {dispatcher}",
             "its buffers are sized by one expert count; use alltoall or allgather",
         ),
@@ -457,12 +458,27 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
             f"{where} keeps {smallest.experts_after} experts; give --moe-router-topk "
             f"{expert_map.top_k} or at most {smallest.experts_after}"
         )
-    size = args.expert_model_parallel_size
-    for layer in expert_map.layers:
-        if layer.experts_after % size:
-            counts = [layer.experts_after for layer in expert_map.layers]
-            raise ValueError(
-                f"layer {layer.layer_number} of {where} keeps {layer.experts_after} experts, not "
-                f"divisible by expert-model-parallel-size {size}: use a size that divides "
-                f"{math.gcd(*counts)}"
-            )
+    try:
+        layout = expert_map.laid_out_for(args.expert_model_parallel_size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    _check_uneven(layout, args, where)
+
+
+def _check_uneven(layout: ExpertMap, args: Namespace, where: object) -> None:
+    """Whether the job can run a model whose ranks hold different numbers of experts.
+
+    Args:
+        layout: the map, laid out for the job's expert-parallel size.
+        where: what the layout comes from, for messages.
+    """
+    uneven = next((layer for layer in layout.layers if len(set(layer.experts_per_rank)) > 1), None)
+    if uneven is None:
+        return
+    counts = f"layer {uneven.layer_number} has {list(uneven.experts_per_rank)} experts on its ranks"
+    if args.moe_pad_expert_input_to_capacity:
+        raise ValueError(
+            f"--moe-pad-expert-input-to-capacity is not supported in a model with uneven experts "
+            f"({where}: {counts}): it sends each rank equally many tokens; remove it, or prune with "
+            f"--laep-expert-multiple {layout.expert_parallel_size_after}"
+        )

@@ -2,7 +2,8 @@
 
 Starting Python, torch and Megatron takes longer than a test's twenty iterations. Each rank runs this with the same
 list of jobs; between two jobs Megatron is taken down as at a rebuild. A job with ``laep`` runs under
-``megatron_laep.install()`` and ``run()``, the others on stock Megatron with the hooks taken out.
+``megatron_laep.install()`` and ``run()``, the others on stock Megatron with the hooks taken out; one with a ``mask``
+(a map's file) with the experts masked that the map drops.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from megatron_laep import cpu
 
 if __name__ == "__main__":
     cpu.enable()
+    from masked import mask_routers
+
     import megatron_laep
     from megatron_laep import parallel
 
@@ -29,6 +32,7 @@ if __name__ == "__main__":
         sys.argv = [script, *job["args"]]
         if job["laep"]:
             megatron_laep.install()
+        unmask = mask_routers(job["mask"]) if job["mask"] else None
         try:
             megatron_laep.run(lambda: runpy.run_path(script, run_name="__main__"))
         except SystemExit as exit_:
@@ -36,4 +40,6 @@ if __name__ == "__main__":
                 raise
         finally:
             megatron_laep.uninstall()
+            if unmask:
+                unmask()
         parallel.tear_down()

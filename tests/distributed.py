@@ -191,12 +191,13 @@ def run_megatron(
 
 
 def run_batch(
-    jobs: Mapping[str, tuple[bool, Sequence[str]]], world_size: int, *, timeout: float = 300.0
+    jobs: Mapping[str, tuple], world_size: int, *, timeout: float = 300.0
 ) -> dict[str, RunResult]:
     """Runs jobs one after the other in the same processes (see `batch.py`), and tells them apart by name.
 
     Args:
-        jobs: for each name, whether it runs under megatron_laep, and its command line.
+        jobs: for each name, whether it runs under megatron_laep, its command line and, to mask the experts that a map
+            drops, the map's file.
         timeout: seconds for all of them together.
 
     Returns:
@@ -206,7 +207,14 @@ def run_batch(
         path = Path(scratch) / "jobs.json"
         path.write_text(
             json.dumps(
-                [{"laep": laep, "args": list(map(str, args))} for laep, args in jobs.values()]
+                [
+                    {
+                        "laep": laep,
+                        "args": list(map(str, args)),
+                        "mask": str(mask[0]) if mask else None,
+                    }
+                    for laep, args, *mask in jobs.values()
+                ]
             )
         )
         whole = run_megatron(

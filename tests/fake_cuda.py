@@ -11,6 +11,7 @@ host, by design, and would raise here with or without megatron_laep.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 RANKS, EXPERTS, TOP_K, HIDDEN = 4, 4, 2, 16
+BLOCKS = ((1, 1, 1, 1), (5, 1, 7, 2), (3, 0, 1, 0))
 
 
 class HostRead(Exception):
@@ -86,6 +88,15 @@ def operators_of(layer) -> list[str]:
     return watch.operators
 
 
+def operators_of_preprocess(dispatcher, num_experts: int) -> list[str]:
+    """What a dispatcher does before the point at which Megatron copies its tables to the host."""
+    routing_map = torch.ones(16, num_experts, dtype=torch.bool, device="cuda")
+    with Watch() as watch:
+        counts = dispatcher.preprocess(routing_map)
+    assert counts.device.type == dispatcher.input_splits.device.type == "cuda"
+    return watch.operators
+
+
 def outcome(function) -> str:
     """Name of what the function raises, or "nothing"."""
     try:
@@ -101,9 +112,13 @@ def main() -> None:
     fake_gpu()
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_laep.moe_layer import LaepMoELayer
+    from megatron_laep.slot_table import SlotTable
+    from megatron_laep.token_dispatcher import SlotAlltoAllTokenDispatcher
 
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=RANKS, create_gloo_process_groups=False
@@ -156,6 +171,17 @@ def main() -> None:
             "copy_": lambda counts: torch.empty(EXPERTS, dtype=torch.int64).copy_(counts),
         }.items():
             report["found"][name] = outcome(lambda: operators_of(reading))
+        dropless = copy.copy(config)
+        dropless.moe_expert_capacity_factor = None
+        dropless.moe_pad_expert_input_to_capacity = False
+        groups = get_default_pg_collection()
+        with torch.device("cuda"):
+            report["stock preprocess"] = operators_of_preprocess(
+                MoEAlltoAllTokenDispatcher(1, [1], dropless, groups), EXPERTS
+            )
+            for blocks in BLOCKS:
+                dispatcher = SlotAlltoAllTokenDispatcher(SlotTable(blocks), dropless, groups)
+                report[f"preprocess {blocks}"] = operators_of_preprocess(dispatcher, sum(blocks))
         read = torch.distributed.all_reduce
         report["with a collective"] = operators_of(reading)
     print(json.dumps(report))

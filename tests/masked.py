@@ -10,16 +10,18 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_laep import cpu
 
-if __name__ == "__main__":
-    cpu.enable()
+
+def mask_routers(map_file: str) -> Callable[[], None]:
+    """Masks the experts that a map's file drops, in every router; returns what takes the masks away."""
     import torch
     from megatron.core.transformer.moe.router import TopKRouter
 
-    layers = json.loads(Path(os.environ["MASK"]).read_text())["layers"]
+    layers = json.loads(Path(map_file).read_text())["layers"]
     pruned = {
         layer["layer_number"]: sorted(set(range(layer["experts_before"])) - set(layer["kept"]))
         for layer in layers
@@ -32,6 +34,15 @@ if __name__ == "__main__":
         mask[pruned[self.layer_number]] = True
         return logits.masked_fill(mask, float("-inf"))
 
+    def unmask() -> None:
+        TopKRouter.gating = gating
+
     TopKRouter.gating = masked_gating
+    return unmask
+
+
+if __name__ == "__main__":
+    cpu.enable()
+    mask_routers(os.environ["MASK"])
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

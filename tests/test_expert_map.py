@@ -182,22 +182,25 @@ class TestExpertMap:
             expert_map().iteration = 3
         assert len({expert_map(), expert_map()}) == 1
 
-    def test_equal_blocks_for_another_size(self):
-        four = expert_map(layers=(layer(7),)).with_equal_blocks(4)
+    def test_laid_out_for_another_size(self):
+        four = expert_map(layers=(layer(7),)).laid_out_for(4)
         assert four.expert_parallel_size_after == 4
         assert four.layer(7).experts_per_rank == (1, 1, 1, 1)
         assert four.layer(7).kept == layer(7).kept
-        assert expert_map().with_equal_blocks(2) == expert_map()
+        uneven = expert_map(layers=(layer(7, experts_per_rank=(4, 0)), layer(9), layer(8)))
+        assert uneven.laid_out_for(2) is uneven  # its own size: as it is
+        # 4 experts on 3 ranks: the ranks take turns with the one more
+        three = uneven.laid_out_for(3)
+        assert [item.experts_per_rank for item in three.layers] == [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
         with pytest.raises(
             ValueError,
-            match="layer 3 keeps 2 experts, not divisible by expert-model-parallel-size 4: .*"
-            "--laep-expert-multiple 4",
+            match="layer 3 keeps 2 experts, fewer than expert-model-parallel-size 4: use at most 2",
         ):
-            expert_map().with_equal_blocks(4)
+            expert_map().laid_out_for(4)
         with pytest.raises(
             ValueError, match="expert-model-parallel-size must be at least 1, got 0"
         ):
-            expert_map().with_equal_blocks(0)
+            expert_map().laid_out_for(0)
 
     def test_identity_and_permutation(self):
         identity = ExpertMap.identity([1, 2], 8, expert_parallel_size=4, top_k=2, iteration=5)

@@ -52,6 +52,19 @@ def test_layer_adds_no_copy_to_the_host(fake_cuda):
     assert stock.count("aten.mm.default") == 3
 
 
+@pytest.mark.parametrize("blocks", [(1, 1, 1, 1), (5, 1, 7, 2), (3, 0, 1, 0)])
+def test_uneven_experts_add_no_copy_to_the_host(fake_cuda, blocks):
+    # Megatron copies its tables to the host at one point after preprocess, and not before.
+    stock = Counter(fake_cuda["stock preprocess"])
+    slots = Counter(fake_cuda[f"preprocess {blocks}"])
+    assert stock["c10d._allgather_base_.default"] == 1 and stock <= slots
+    views = {"aten.unsqueeze.default", "aten.view.default", "aten.slice.Tensor"}
+    small = {"aten.sum.dim_IntList", "aten.new_zeros.default", "aten.index_put_.default"}
+    assert {name: n for name, n in (slots - stock).items() if name not in views} == (
+        dict.fromkeys(small, 1)
+    )
+
+
 @pytest.mark.parametrize("mode", ["no gradients", "evaluating"])
 def test_layer_adds_nothing_outside_training(fake_cuda, mode):
     operators = Counter(fake_cuda[f"ours, {mode}"])

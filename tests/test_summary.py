@@ -52,7 +52,7 @@ def test_totals():
 def test_memory_by_pipeline_stage_and_expert_parallel_size():
     assert summarize(MAP, SIZE, pipeline_parallel_size=4).memory_freed_bytes_per_rank == 4500.0
     # EP 2 -> 1: 4 experts a rank before, 6 after: a rank holds 2 more
-    one_rank = MAP.with_equal_blocks(1)
+    one_rank = MAP.laid_out_for(1)
     assert summarize(one_rank, SIZE).memory_freed_bytes_per_rank == -36000.0
     # and with the optimizer state spread over twice as many ranks: 4 * 18 - 6 * 12 = 0
     shared = dataclasses.replace(SIZE, bytes_per_expert_parameter_after=12.0)
