@@ -1,9 +1,9 @@
-"""Compares Megatron's two expert classes in one MoE layer with equal weights.
+"""Compares Megatron's two expert classes in MoE layers with equal weights.
 
     RANK=.. WORLD_SIZE=2 python tests/run_on_cpu.py tests/compare_experts.py OUTPUT_FOLDER
 
 ``SequentialMLP`` comes from the local layer spec, so it owes nothing to the stand-in for
-TransformerEngine that ``TEGroupedMLP`` is built over. Writes rank{R}.json to the folder: largest
+TransformerEngine that ``TEGroupedMLP`` is built over. Writes a file for each rank and `BLOCKS` to the folder: largest
 differences, and where each class, told to read through a map, looks for its weights. Expert
 parallel size is the number of processes.
 """
@@ -26,12 +26,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_laep import LayerMap
 from megatron_laep.moe_layer import LaepMoELayer
+from megatron_laep.slot_table import SlotTable
 
 EXPERTS, KEPT = 12, (7, 1, 10, 4, 0, 11, 2, 5)
+# Of the kept experts, on each rank.
+BLOCKS = ((4, 4), (7, 1), (8, 0))
 HIDDEN, EXPERT_HIDDEN, SEQUENCE, BATCH = 32, 24, 16, 2
 
 
-def build(grouped: bool) -> MoELayer:
+def build(blocks: tuple[int, ...], grouped: bool) -> MoELayer:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -48,6 +51,7 @@ def build(grouped: bool) -> MoELayer:
         add_bias_linear=False,
         bias_activation_fusion=False,
     )
+    config.laep_slot_table = SlotTable(blocks)
     moe_module_specs.MoELayer = LaepMoELayer
     spec = moe_module_specs.get_moe_module_spec(
         use_te=grouped, num_experts=len(KEPT), moe_grouped_gemm=grouped
@@ -100,8 +104,20 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
+    for blocks in BLOCKS:
+        report = compare(blocks, rank)
+        name = "_".join(map(str, blocks))
+        Path(sys.argv[1], f"rank{rank}_{name}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def compare(blocks: tuple[int, ...], rank: int) -> dict:
     model_parallel_cuda_manual_seed(1)
-    layers = {"SequentialMLP": build(grouped=False), "TEGroupedMLP": build(grouped=True)}
+    layers = {
+        "SequentialMLP": build(blocks, grouped=False),
+        "TEGroupedMLP": build(blocks, grouped=True),
+    }
     sequential, grouped = layers.values()
     with torch.no_grad():
         for name, weight in parameters(grouped).items():
@@ -115,17 +131,14 @@ def main() -> None:
         layer_number=1,
         experts_before=EXPERTS,
         kept=KEPT,
-        experts_per_rank=[len(KEPT) // ranks] * ranks,
+        experts_per_rank=blocks,
     )
-    report = {
+    return {
         "classes": [type(layer.experts).__name__ for layer in layers.values()],
         "difference": {name: (got[name] - wanted[name]).abs().max().item() for name in wanted},
         "largest": {name: value.abs().max().item() for name, value in wanted.items()},
         "places": {name: places(layer, layer_map) for name, layer in layers.items()},
     }
-    Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps(report))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

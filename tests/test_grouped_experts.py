@@ -26,8 +26,9 @@ ITERATIONS = 9
 WINDOW_START = 3
 PRUNE_AT = 6
 
-# As in compare_experts.py: 8 of 12 experts, in this order, on two ranks.
+# As in compare_experts.py: 8 of 12 experts, in this order, so many on each of the two ranks.
 KEPT = (7, 1, 10, 4, 0, 11, 2, 5)
+BLOCKS = ((4, 4), (7, 1), (8, 0))
 
 
 def train(grouped: bool = True, **flags) -> RunResult:
@@ -72,28 +73,35 @@ def assert_same_training(result: RunResult, reference: RunResult, first: int = 1
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory) -> list[dict]:
+def comparisons(tmp_path_factory) -> dict[tuple[int, ...], list[dict]]:
     """What compare_experts.py found, rank by rank."""
     folder = tmp_path_factory.mktemp("comparison")
     script = TESTS / "compare_experts.py"
     run_megatron([folder], world_size=2, script=script, env=WITH_STANDIN)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {
+        (a, b): [json.loads((folder / f"rank{rank}_{a}_{b}.json").read_text()) for rank in range(2)]
+        for a, b in BLOCKS
+    }
 
 
-def test_grouped_experts_compute_what_sequential_experts_compute(comparison):
-    for rank in comparison:
-        assert rank["classes"] == ["SequentialMLP", "TEGroupedMLP"]
-        # Output, input and router gradient, and two weights of each of the four local experts.
-        assert len(rank["difference"]) == 3 + 2 * 4
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_grouped_experts_compute_what_sequential_experts_compute(comparisons, blocks):
+    for rank, experts in zip(comparisons[blocks], blocks, strict=True):
+        assert rank["classes"] == (
+            ["SequentialMLP", "TEGroupedMLP"] if experts else ["NoExperts", "NoExperts"]
+        )
+        # Output, input and router gradient, and two weights of each local expert.
+        assert len(rank["difference"]) == 3 + 2 * experts
         assert min(rank["largest"].values()) > 0.0
         assert set(rank["difference"].values()) == {0.0}
 
 
-def test_grouped_experts_are_read_from_where_the_map_says(comparison):
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_grouped_experts_are_read_from_where_the_map_says(comparisons, blocks):
     prefix = "mlp.experts.experts.linear_"
-    for number, rank in enumerate(comparison):
+    for rank, own in zip(comparisons[blocks], (KEPT[: blocks[0]], KEPT[blocks[0] :]), strict=True):
         wanted = [["mlp.router.weight", [12, 32], [old, 0], [12, 1]] for old in KEPT]
-        for old in KEPT[4 * number : 4 * number + 4]:
+        for old in own:
             for half in (0, 24):  # SwiGLU's two matrices, 24 rows each, are stored as one of 48
                 place = [[12, 48, 32], [old, half, 0], [12, 2, 1]]
                 wanted.append([f"{prefix}fc1.weight", *place])
