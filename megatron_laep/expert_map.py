@@ -145,6 +145,23 @@ def equal_blocks(num_experts: int, expert_parallel_size: int, layer_number: int)
     return (num_experts // ranks,) * ranks
 
 
+def near_equal_blocks(expert_counts: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Experts on each of `ranks` EP ranks, for layers of `expert_counts` experts: as equal as can be.
+
+    Which ranks hold one more goes round from layer to layer, so that no rank collects them.
+    Errors: ValueError if a layer has fewer experts than there are ranks.
+    """
+    blocks, first = [], 0
+    for count in expert_counts:
+        if count < ranks:
+            raise ValueError(f"{count} experts are too few for {ranks} ranks")
+        each, more = divmod(count, ranks)
+        fuller = {(first + i) % ranks for i in range(more)}
+        first += more
+        blocks.append(tuple(each + (rank in fuller) for rank in range(ranks)))
+    return tuple(blocks)
+
+
 @dataclass(frozen=True)
 class ExpertMap:
     """The map of a whole model, with the rules that it was made by.
@@ -252,27 +269,25 @@ class ExpertMap:
     def laid_out_for(self, expert_parallel_size: int) -> ExpertMap:
         """The same experts in the same order on `expert_parallel_size` ranks.
 
-        For its own size that is the map as it is. On another number of ranks each holds a block as
-        equal as the count allows; which ranks hold one more goes round from layer to layer, so that
-        no rank collects them.
+        For its own size that is the map as it is, for another `near_equal_blocks`.
         Errors: ValueError if some layer has fewer experts than there are ranks.
         """
         ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
         if ranks == self.expert_parallel_size_after:
             return self
-        layers, first = [], 0
-        for layer in self.layers:
-            if layer.experts_after < ranks:
-                raise ValueError(
-                    f"layer {layer.layer_number} keeps {layer.experts_after} experts, fewer than "
-                    f"expert-model-parallel-size {ranks}: use at most {layer.experts_after}, or "
-                    f"{self.expert_parallel_size_after}, for which the map was made"
-                )
-            each, more = divmod(layer.experts_after, ranks)
-            fuller = {(first + i) % ranks for i in range(more)}
-            first += more
-            blocks = tuple(each + (rank in fuller) for rank in range(ranks))
-            layers.append(replace(layer, experts_per_rank=blocks))
+        try:
+            blocks = near_equal_blocks([layer.experts_after for layer in self.layers], ranks)
+        except ValueError:
+            layer = min(self.layers, key=lambda layer: layer.experts_after)
+            raise ValueError(
+                f"layer {layer.layer_number} keeps {layer.experts_after} experts, fewer than "
+                f"expert-model-parallel-size {ranks}: use at most {layer.experts_after}, or "
+                f"{self.expert_parallel_size_after}, for which the map was made"
+            ) from None
+        layers = (
+            replace(layer, experts_per_rank=counts)
+            for layer, counts in zip(self.layers, blocks, strict=True)
+        )
         return replace(self, layers=tuple(layers), expert_parallel_size_after=ranks)
 
     def _content(self) -> dict[str, object]:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.expert_map import near_equal_blocks
 from megatron_laep.load_recorder import (
     FORMAT,
     checked_integers,
@@ -26,6 +27,7 @@ from megatron_laep.load_recorder import (
     sound_records,
     token_counts,
 )
+from megatron_laep.placement import rank_loads
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class LoadLog:
     tokens_WLE: int64 [W, L, E], zeros beyond a layer's experts.
     expert_parallel_sizes: int64 [W]; 0 where the file does not say.
     top_k: None where the file does not say.
-    lineage, original_ids: as in ``LoadLogHeader``.
+    lineage, original_ids, experts_per_rank: as in ``LoadLogHeader``.
     """
 
     source: str
@@ -53,6 +55,7 @@ class LoadLog:
     top_k: int | None = None
     lineage: tuple[str, ...] = ()
     original_ids: tuple[tuple[int, ...], ...] = ()
+    experts_per_rank: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_windows(self) -> int:
@@ -93,34 +96,31 @@ class LoadLog:
                 f"{self.source} has no window that ends at iteration {iteration} or before: "
                 f"the first one ends at {self.last_iterations[0]}"
             )
-        return LoadLog(
-            self.source,
-            self.layer_numbers,
-            self.expert_counts,
-            self.first_iterations[seen],
-            self.last_iterations[seen],
-            self.tokens_WLE[seen],
-            self.expert_parallel_sizes[seen],
-            self.top_k,
-            self.lineage,
-            self.original_ids,
+        return replace(
+            self,
+            first_iterations=self.first_iterations[seen],
+            last_iterations=self.last_iterations[seen],
+            tokens_WLE=self.tokens_WLE[seen],
+            expert_parallel_sizes=self.expert_parallel_sizes[seen],
         )
 
     def rank_tokens(self, index: int, expert_parallel_size: int | None = None) -> np.ndarray:
         """Tokens of each expert-parallel rank in one window: int64 [L, R].
 
         expert_parallel_size: another one than the job had; needed where the file does not say.
-        Errors: ValueError if it is unknown, or a layer's experts do not divide by it.
+        Errors: ValueError if it is unknown, or too large for a layer.
         """
         ranks = expert_parallel_size or int(self.expert_parallel_sizes[index])
         if not ranks:
             raise ValueError(f"{self.source} does not say on how many expert-parallel ranks it was")
-        for number, count in zip(self.layer_numbers, self.expert_counts, strict=True):
-            if count % ranks:
-                raise ValueError(
-                    f"layer {number}: {count} experts do not divide over {ranks} ranks"
-                )
-        return np.stack([row.reshape(ranks, -1).sum(axis=1) for row in self.window(index)])
+        blocks = self.experts_per_rank
+        if not blocks or len(blocks[0]) != ranks:
+            try:
+                blocks = near_equal_blocks(self.expert_counts, ranks)
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {error}") from None
+        rows = zip(self.window(index), blocks, strict=True)
+        return np.stack([rank_loads(row, counts) for row, counts in rows])
 
 
 def read(path: str | os.PathLike) -> LoadLog:
@@ -194,6 +194,7 @@ def _read_log(path: Path) -> LoadLog:
             top_k=header.top_k,
             lineage=header.lineage,
             original_ids=header.original_ids,
+            experts_per_rank=header.experts_per_rank,
         )
     )
 

@@ -18,9 +18,10 @@ expert-parallel size it was counted under, a CRC-32 of everything else in it, an
 ranks. Fixed-size records because a torn one is then told from a whole one by arithmetic and a
 CRC, nothing has to be rewritten when one is added, and a record that was damaged costs one window.
 
-**Per rank.** Rank r of R expert-parallel ranks holds columns ``r * E // R`` to ``(r + 1) * E //
-R`` of a layer with E experts, and a pruned model's columns are its *new* expert ids: so the load
-of a rank is a sum of columns (``load_log.LoadLog.rank_tokens``) and is not stored a second time.
+**Per rank.** A rank of an expert-parallel group holds a block of a layer's columns (a pruned
+model's columns are its *new* expert ids): equal blocks, or those of ``experts_per_rank``. So the
+load of a rank is a sum of columns (``load_log.LoadLog.rank_tokens``) and is not stored a second
+time.
 
 **Crashes.** A record is written with one call and synced to the disk. What a crash leaves half
 written is at the end of the file: the reader skips it with a warning, the writer cuts it off. A
@@ -50,7 +51,15 @@ FORMAT = "megatron_laep loads"
 VERSION = 1
 _PREFIX_BYTES = 20  # first, last, expert_parallel_size: what stands before the CRC
 _CRC_BYTES = 4
-_KEYS = ("layer_numbers", "expert_counts", "top_k", "interval", "lineage", "original_ids")
+_KEYS = (
+    "layer_numbers",
+    "expert_counts",
+    "top_k",
+    "interval",
+    "lineage",
+    "original_ids",
+    "experts_per_rank",
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class LoadLogHeader:
     lineage: full hashes of the maps that made this model out of the original one, oldest first; ()
         for the original model.
     original_ids: for each layer, the original model's id of each column; () for the original model.
+    experts_per_rank: for each layer, columns of each rank of the expert-parallel size that the map
+        was made for; () for the original model. Under another size: ``near_equal_blocks``.
     """
 
     layer_numbers: tuple[int, ...]
@@ -73,6 +84,7 @@ class LoadLogHeader:
     interval: int
     lineage: tuple[str, ...] = ()
     original_ids: tuple[tuple[int, ...], ...] = ()
+    experts_per_rank: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("layer_numbers", "expert_counts"):
@@ -82,22 +94,24 @@ class LoadLogHeader:
             object.__setattr__(
                 self, name, checked_integers([getattr(self, name)], name, minimum=1)[0]
             )
-        if not isinstance(self.lineage, list | tuple) or not isinstance(
-            self.original_ids, list | tuple
-        ):
-            raise ValueError("lineage and original_ids must be lists")
+        for name in ("lineage", "original_ids", "experts_per_rank"):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise ValueError(f"{name} must be a list, got {getattr(self, name)!r}")
         if not all(isinstance(text, str) and len(text) >= 12 for text in self.lineage):
             raise ValueError(f"lineage must be a list of map hashes, got {list(self.lineage)!r}")
         object.__setattr__(self, "lineage", tuple(self.lineage))
-        ids = tuple(checked_integers(row, "original_ids", minimum=0) for row in self.original_ids)
-        object.__setattr__(self, "original_ids", ids)
+        for name in ("original_ids", "experts_per_rank"):
+            rows = tuple(checked_integers(row, name, minimum=0) for row in getattr(self, name))
+            object.__setattr__(self, name, rows)
         numbers, counts = self.layer_numbers, self.expert_counts
         if not numbers or list(numbers) != sorted(set(numbers)):
             raise ValueError(f"layer_numbers must be ascending, got {list(numbers)}")
         if len(counts) != len(numbers):
             raise ValueError(f"{len(counts)} expert_counts for {len(numbers)} layer_numbers")
-        if ids and tuple(map(len, ids)) != counts:
+        if self.original_ids and tuple(map(len, self.original_ids)) != counts:
             raise ValueError("original_ids must have one id for each expert of each layer")
+        if self.experts_per_rank and tuple(map(sum, self.experts_per_rank)) != counts:
+            raise ValueError("experts_per_rank must sum to the experts of each layer")
 
     @property
     def stem(self) -> str:
@@ -136,6 +150,7 @@ class LoadLogHeader:
                 f"it has version {data.get('version')!r}, this megatron_laep reads {VERSION}: use "
                 "the version that wrote it"
             )
+        data = {"experts_per_rank": (), **data}  # younger than the format
         missing = [name for name in _KEYS if name not in data]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}: restore the file")

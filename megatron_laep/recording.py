@@ -45,10 +45,11 @@ class Recording:
         self._start_LE = stats.snapshot()
         self._writer: LoadLogWriter | None = None
         if events.is_rank_0():
-            lineage, original_ids = (), ()
+            lineage, original_ids, experts_per_rank = (), (), ()
             if expert_map is not None:
                 lineage = (expert_map.hash,)
                 original_ids = tuple(layer.kept for layer in expert_map.layers)
+                experts_per_rank = tuple(layer.experts_per_rank for layer in expert_map.layers)
             header = LoadLogHeader(
                 stats.layer_numbers,
                 tuple(stats.expert_counts.values()),
@@ -56,6 +57,7 @@ class Recording:
                 interval,
                 lineage,
                 original_ids,
+                experts_per_rank,
             )
             self._writer = LoadLogWriter(folder, header)
 

@@ -1,5 +1,6 @@
 """The recorder's file and its reader: format, crashes, restarts, and files that are none."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -228,11 +229,16 @@ def test_until(tmp_path):
         log.last(0)
 
 
-def test_rank_tokens_need_equal_blocks(tmp_path):
+def test_rank_tokens(tmp_path):
     log = load_log.read(write(tmp_path, (1, 10)))
     assert log.rank_tokens(0).tolist() == [[33], [16]]  # 10 + 20 + 3 and 11 + 5
-    with pytest.raises(ValueError, match="layer 2: 3 experts do not divide over 2 ranks"):
-        log.rank_tokens(0, 2)
+    # As equal as can be: (2, 1) of the three, (1, 1) of the two.
+    assert log.rank_tokens(0, 2).tolist() == [[30, 3], [11, 5]]
+    blocks = dataclasses.replace(log, experts_per_rank=((0, 3), (1, 1)))
+    assert blocks.rank_tokens(0, 2).tolist() == [[0, 33], [11, 5]]
+    assert blocks.rank_tokens(0).tolist() == [[33], [16]]
+    with pytest.raises(ValueError, match="2 experts are too few for 3 ranks"):
+        log.rank_tokens(0, 3)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +399,7 @@ def test_missing_files(tmp_path):
         ({"expert_counts": [3]}, "1 expert_counts for 2 layer_numbers"),
         ({"lineage": ["short"]}, "lineage must be a list of map hashes"),
         ({"original_ids": [[1, 2, 3]]}, "one id for each expert of each layer"),
+        ({"experts_per_rank": [[2, 1], [1, 2]]}, "sum to the experts of each layer"),
         ({"format": "something"}, "not the header of a load log"),
     ],
 )

@@ -66,11 +66,16 @@ def identity(expert_parallel_size: int) -> ExpertMap:
 
 
 def assert_same_run(
-    run: RunResult, reference: RunResult, *, norm: float = ORDER_OF_SUM, loss: float = 0.0
+    run: RunResult,
+    reference: RunResult,
+    *,
+    norm: float = ORDER_OF_SUM,
+    loss: float = 0.0,
+    prune: int = PRUNE,
 ) -> None:
     """The same losses and gradient norms, to the relative tolerances; before the pruning to the bit."""
     start, end = min(reference.exact), max(reference.exact)
-    assert start <= PRUNE + 1 and end > PRUNE + 3
+    assert start <= prune + 1 and end > prune + 3
     assert list(run.exact) == list(range(1, end + 1))
     assert list(reference.exact) == list(range(start, end + 1))
     for iteration in reference.exact:
@@ -81,7 +86,7 @@ def assert_same_run(
             (loss, norm),
             strict=True,
         ):
-            if iteration <= PRUNE or tolerance == 0.0:
+            if iteration <= prune or tolerance == 0.0:
                 assert mine == wanted, f"{name} of iteration {iteration}"
             else:
                 assert math.isclose(
