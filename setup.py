@@ -30,7 +30,7 @@ _TRAIN = [
     "tokenizers",  # scripts/prepare_data.py --tokenizer-json
     *_TOOLS,
 ]
-_TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy"]
+_TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy", "wandb"]
 
 EXTRAS_REQUIRE = {
     "tools": _TOOLS,

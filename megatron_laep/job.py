@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -267,19 +268,29 @@ class Job:
         if iteration == start and not self._window.is_open:
             self._window.open()
 
-    def log_loads(self, iteration: int, tensorboard: object, wandb: object) -> None:
-        """Logs load imbalance since the last call. A collective."""
+    def log_loads(
+        self, iteration: int, args: Namespace, tensorboard: object, wandb: object
+    ) -> None:
+        """Logs how the tokens since the last call fell on ranks and experts. A collective."""
         tokens_LE, self._log_start_LE = self._stats.advance(self._log_start_LE)
-        tokens = dict(zip(self._stats.layer_numbers, tokens_LE, strict=True))
-        found = metrics.load_metrics(tokens, parallel_state.get_expert_model_parallel_world_size())
-        events.log(
-            "load",
-            iteration=iteration,
-            imbalance_mean=found.mean_imbalance,
-            imbalance_max=found.imbalance[found.worst_layer],
-            imbalance_max_layer=found.worst_layer,
-            dead_experts=f"{found.dead_experts}/{found.experts}",
-        )
+        if not (events.is_rank_0() or tensorboard or wandb):
+            return
+        layer_numbers = self._stats.layer_numbers
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        kept_LK = None
+        if self._plan is not None and self.expert_map is None:
+            kept_LK = [np.array(self._plan.layer(number).kept) for number in layer_numbers]
+        elif self.config.enabled and self.expert_map is None:
+            kept_LK = metrics.experts_kept_now(
+                tokens_LE,
+                layer_numbers,
+                config=self.config,
+                top_k=args.moe_router_topk,
+                expert_parallel_size_after=self.config.expert_model_parallel_size or ranks,
+            )
+        blocks_LR = metrics.blocks_of_ranks(self.expert_map, self._stats.expert_counts, ranks)
+        found = metrics.load_metrics(tokens_LE, layer_numbers, blocks_LR, kept_LK)
+        events.log("load", iteration=iteration, **found.fields())
         metrics.write_scalars(found, iteration, tensorboard, wandb)
 
     # -- pruning -------------------------------------------------------------------------------

@@ -1,69 +1,210 @@
-"""Load imbalance at Megatron's log interval: to the console, TensorBoard and W&B.
+"""How the tokens of a log interval fell on ranks and experts: numbers for console, TensorBoard, W&B.
 
-Pure numbers first, then the writers. The loads are those of the iterations since the last line.
+Stands after ``routing_stats``: ``Job.log_loads`` hands in counts that are on the host already. Pure
+numbers first, then the names, then the writers. The number of names is the same for 4 layers of 8
+experts and for 103 of 64: figures over all layers, and the few worst and best layers by rank, with
+their layer numbers as values.
+
+Shape suffixes: L MoE layers, E experts of a layer now, R expert-parallel (EP) ranks, X all experts
+of all layers in one row.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from megatron_laep.config import AlphaSpec, LaepConfig
+from megatron_laep.expert_map import ExpertMap, equal_blocks
+from megatron_laep.planning import kept_experts
+
+NAMED_LAYERS = 3
+"""So many worst and best layers are named; fewer only where the model has fewer."""
 
 
 @dataclass(frozen=True)
 class LoadMetrics:
-    """How evenly the tokens of an interval fell on the expert-parallel ranks.
+    """The loads of an interval, layer by layer.
 
-    Attributes:
-        imbalance: for each layer number, the busiest EP rank's tokens over the mean rank's; 1 is
-            even. Layers without any token have 1.
-        dead_experts: experts of all layers that got no token.
-        experts: experts of all layers.
+    layer_numbers: Megatron's number of each row, int64 [L].
+    imbalance_L: the busiest EP rank's tokens over the mean rank's, 1 (even) to R (all on one rank);
+        float64. 1 without any token.
+    effective_L: effective share of the experts, exp(entropy of the tokens' distribution) / E, up to
+        1 (all experts equally busy); 1 / E if one expert gets everything; float64. 0 without any
+        token.
+    dead_experts, experts: experts of all layers without a token, and all of them.
+    prunable_experts: how many would be pruned if the job pruned now; None if it is not going to.
+    prunable_tokens: their share, 0 to 1, of the tokens of all layers; None likewise.
     """
 
-    imbalance: Mapping[int, float]
+    layer_numbers: np.ndarray
+    imbalance_L: np.ndarray
+    effective_L: np.ndarray
     dead_experts: int
     experts: int
-
-    @property
-    def mean_imbalance(self) -> float:
-        return float(np.mean(list(self.imbalance.values())))
-
-    @property
-    def worst_layer(self) -> int:
-        """The layer with the largest imbalance; the lowest number among equals."""
-        return max(self.imbalance, key=lambda number: (self.imbalance[number], -number))
+    prunable_experts: int | None = None
+    prunable_tokens: float | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Names and values as the writers get them."""
-        return {
-            "laep/imbalance-mean": self.mean_imbalance,
-            "laep/imbalance-max": self.imbalance[self.worst_layer],
-            "laep/dead-expert-share": self.dead_experts / self.experts,
+        """Names and values as TensorBoard and W&B get them: the same names in every interval."""
+        p50, p90 = np.quantile(self.imbalance_L, (0.5, 0.9))
+        values = {
+            "laep/imbalance/mean": self.imbalance_L.mean(),
+            "laep/imbalance/p50": p50,
+            "laep/imbalance/p90": p90,
+            "laep/imbalance/max": self.imbalance_L.max(),
+            **self._named_layers("laep/imbalance", self.imbalance_L, self.imbalance_L),
+            "laep/effective_experts/p50": np.median(self.effective_L),
+            "laep/effective_experts/min": self.effective_L.min(),
+            "laep/effective_experts/max": self.effective_L.max(),
+            **self._named_layers("laep/effective_experts", self.effective_L, -self.effective_L),
+            "laep/dead_experts": self.dead_experts / self.experts,
         }
+        if self.prunable_experts is not None:
+            values["laep/prunable/experts"] = self.prunable_experts / self.experts
+            values["laep/prunable/tokens"] = self.prunable_tokens
+        return {name: float(value) for name, value in values.items()}
+
+    def _named_layers(
+        self, prefix: str, values_L: np.ndarray, badness_L: np.ndarray
+    ) -> dict[str, float]:
+        """Values and numbers of the layers at both ends; of equals the lower number comes first."""
+        named = {}
+        for end, key_L in (("worst", -badness_L), ("best", badness_L)):
+            order = np.lexsort((self.layer_numbers, key_L))
+            for place, row in enumerate(order[:NAMED_LAYERS], start=1):
+                named[f"{prefix}/{end}_{place}"] = values_L[row]
+                named[f"{prefix}/{end}_{place}_layer"] = self.layer_numbers[row]
+        return named
+
+    def fields(self) -> dict[str, object]:
+        """The same in short, for one ``key=value`` line."""
+        scalars = self.scalars()
+        short = {
+            f"imbalance_{name}": scalars[f"laep/imbalance/{name}"]
+            for name in ("mean", "p50", "p90", "max")
+        }
+        short["imbalance_max_layer"] = int(scalars["laep/imbalance/worst_1_layer"])
+        short["dead_experts"] = f"{self.dead_experts}/{self.experts}"
+        for name in ("p50", "min"):
+            short[f"effective_experts_{name}"] = scalars[f"laep/effective_experts/{name}"]
+        short["effective_experts_min_layer"] = int(scalars["laep/effective_experts/worst_1_layer"])
+        if self.prunable_experts is not None:
+            short["prunable_experts"] = f"{self.prunable_experts}/{self.experts}"
+            short["prunable_tokens"] = self.prunable_tokens
+        return short
 
 
-def load_metrics(tokens: Mapping[int, np.ndarray], expert_parallel_size: int) -> LoadMetrics:
+def load_metrics(
+    tokens_LE: Sequence[np.ndarray],
+    layer_numbers: Sequence[int],
+    experts_per_rank_LR: Sequence[Sequence[int]],
+    kept_LK: Sequence[np.ndarray] | None = None,
+) -> LoadMetrics:
     """From token counts to metrics.
 
-    Args:
-        tokens: for each layer number int64 [E], tokens of each expert, all ranks' tokens.
-        expert_parallel_size: EP ranks; each holds an equal block of consecutive experts.
+    tokens_LE: for each layer int64 [E], tokens of each expert, all ranks' tokens, in the order of
+        placement (as the model numbers them).
+    layer_numbers: Megatron's numbers of the rows.
+    experts_per_rank_LR: for each layer, how many experts each EP rank holds; sums to E.
+    kept_LK: for each layer, ids of the experts that would stay if the job pruned now; None if it is
+        not going to prune.
+    Errors: ValueError if the blocks do not fit the experts.
     """
-    imbalance = {}
-    for number, tokens_E in tokens.items():
-        tokens_R = tokens_E.reshape(expert_parallel_size, -1).sum(axis=1)
-        imbalance[number] = float(tokens_R.max() / tokens_R.mean()) if tokens_R.any() else 1.0
+    sizes_L = np.array([tokens_E.size for tokens_E in tokens_LE])
+    blocks_LR = np.array(experts_per_rank_LR)
+    if not np.array_equal(blocks_LR.sum(axis=1), sizes_L):
+        raise ValueError(
+            f"layers of {sizes_L.tolist()} experts do not fit {blocks_LR.sum(axis=1).tolist()} "
+            "experts on the expert-parallel ranks"
+        )
+    tokens_X = np.concatenate(tokens_LE)
+    total_L = _block_sums(tokens_X, sizes_L)
+    tokens_LR = _block_sums(tokens_X, blocks_LR.ravel()).reshape(blocks_LR.shape)
+    # Layers without a token: 0 / 1 instead of 0 / 0, put right below.
+    divisor_L = np.maximum(total_L, 1)
+    share_X = tokens_X / np.repeat(divisor_L, sizes_L)
+    log_X = np.log(share_X, out=np.zeros_like(share_X), where=share_X > 0)
+    effective_L = np.exp(-_block_sums(share_X * log_X, sizes_L)) / sizes_L
+    prunable = {}
+    if kept_LK is not None:
+        goes_X = np.ones(tokens_X.size, dtype=bool)
+        starts_L = np.cumsum(sizes_L) - sizes_L
+        for start, kept_K in zip(starts_L, kept_LK, strict=True):
+            goes_X[start + kept_K] = False
+        prunable["prunable_experts"] = int(goes_X.sum())
+        prunable["prunable_tokens"] = float(tokens_X[goes_X].sum() / max(total_L.sum(), 1))
     return LoadMetrics(
-        imbalance=imbalance,
-        dead_experts=sum(int((tokens_E == 0).sum()) for tokens_E in tokens.values()),
-        experts=sum(tokens_E.size for tokens_E in tokens.values()),
+        layer_numbers=np.array(layer_numbers),
+        imbalance_L=np.where(
+            total_L > 0, tokens_LR.max(axis=1) * blocks_LR.shape[1] / divisor_L, 1.0
+        ),
+        effective_L=np.where(total_L > 0, effective_L, 0.0),
+        dead_experts=int((tokens_X == 0).sum()),
+        experts=tokens_X.size,
+        **prunable,
     )
 
 
-def write_scalars(metrics: LoadMetrics, iteration: int, tensorboard, wandb) -> None:
+def _block_sums(values_X: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Sums of consecutive blocks of the given sizes; 0 for an empty block."""
+    ends = np.cumsum(sizes)
+    return np.diff(np.concatenate(([0], np.cumsum(values_X)))[np.concatenate(([0], ends))])
+
+
+def blocks_of_ranks(
+    expert_map: ExpertMap | None, expert_counts: Mapping[int, int], expert_parallel_size: int
+) -> list[tuple[int, ...]]:
+    """How many experts each EP rank holds, for each layer: the map's blocks, or equal ones.
+
+    expert_map: that the model follows; None for the full model. Equal blocks also where it is laid
+        out for another EP size.
+    expert_counts: experts of each layer number now.
+    Errors: ValueError where equal blocks are needed and the experts do not divide.
+    """
+    if expert_map is not None and expert_map.expert_parallel_size_after == expert_parallel_size:
+        return [expert_map.layer(number).experts_per_rank for number in expert_counts]
+    return [
+        equal_blocks(count, expert_parallel_size, number) for number, count in expert_counts.items()
+    ]
+
+
+def experts_kept_now(
+    tokens_LE: Sequence[np.ndarray],
+    layer_numbers: Sequence[int],
+    *,
+    config: LaepConfig,
+    top_k: int,
+    expert_parallel_size_after: int,
+) -> list[np.ndarray]:
+    """For each layer, ids that would stay if the job pruned on these tokens by its own rules.
+
+    A layer without a token keeps everything: no decision can rest on it.
+    Arguments and errors otherwise: as of ``planning.make_expert_map``.
+    """
+    alpha = AlphaSpec.parse(config.alpha)
+    return [
+        kept_experts(
+            tokens_E,
+            alpha.for_layer(number),
+            config=config,
+            top_k=top_k,
+            expert_parallel_size_after=expert_parallel_size_after,
+        )
+        if tokens_E.any()
+        else np.arange(tokens_E.size)
+        for tokens_E, number in zip(tokens_LE, layer_numbers, strict=True)
+    ]
+
+
+def write_scalars(metrics: LoadMetrics, iteration: int, tensorboard: Any, wandb: Any) -> None:
     """Hands the scalars to Megatron's writers, where they are on (on one rank of the job)."""
-    for name, value in metrics.scalars().items():
-        if tensorboard:
+    scalars = metrics.scalars()
+    if tensorboard:
+        for name, value in scalars.items():
             tensorboard.add_scalar(name, value, iteration)
-        if wandb:
-            wandb.log({name: value}, iteration)
+    if wandb:
+        wandb.log(scalars, iteration)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap, LayerMap
 from megatron_laep.placement import place
@@ -43,22 +45,18 @@ def make_expert_map(
         raise ValueError(
             f"there are loads of {len(loads_LE)} layers for {len(layer_numbers)} layer numbers"
         )
-    multiple = config.expert_multiple
-    if multiple is None:
-        multiple = expert_parallel_size_after
-    check_multiple(multiple, expert_parallel_size_after)
+    multiple = _expert_multiple(config, expert_parallel_size_after)
     alpha = AlphaSpec.parse(config.alpha)
     layers = []
     for loads_E, layer_number in zip(loads_LE, layer_numbers, strict=True):
         try:
             loads = checked_loads(loads_E)
-            _check_expert_count(loads.size, multiple, top_k, expert_parallel_size_after)
-            kept = experts_to_keep(
+            kept = kept_experts(
                 loads,
-                alpha=alpha.for_layer(layer_number),
-                beta=config.beta,
-                multiple=multiple,
-                minimum=max(top_k, expert_parallel_size_after),
+                alpha.for_layer(layer_number),
+                config=config,
+                top_k=top_k,
+                expert_parallel_size_after=expert_parallel_size_after,
             )
             order = place(loads[kept], expert_parallel_size_after, config.placement)
         except ValueError as error:
@@ -84,6 +82,38 @@ def make_expert_map(
         expert_parallel_size_after=expert_parallel_size_after,
         top_k=top_k,
     )
+
+
+def kept_experts(
+    loads_E: object,
+    alpha: float,
+    *,
+    config: LaepConfig,
+    top_k: int,
+    expert_parallel_size_after: int,
+) -> np.ndarray:
+    """Algorithm 1 for one layer of a job: ids of the experts that stay, int64, ascending.
+
+    alpha: of the layer. Otherwise as in `make_expert_map`, and with its errors.
+    """
+    multiple = _expert_multiple(config, expert_parallel_size_after)
+    loads = checked_loads(loads_E)
+    _check_expert_count(loads.size, multiple, top_k, expert_parallel_size_after)
+    return experts_to_keep(
+        loads,
+        alpha=alpha,
+        beta=config.beta,
+        multiple=multiple,
+        minimum=max(top_k, expert_parallel_size_after),
+    )
+
+
+def _expert_multiple(config: LaepConfig, expert_parallel_size_after: int) -> int:
+    multiple = config.expert_multiple
+    if multiple is None:
+        multiple = expert_parallel_size_after
+    check_multiple(multiple, expert_parallel_size_after)
+    return multiple
 
 
 def _check_expert_count(num_experts: int, multiple: int, top_k: int, ranks: int) -> None:

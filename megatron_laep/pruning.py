@@ -119,4 +119,6 @@ def experts_to_keep(
         raise ValueError(f"at least {minimum} experts must stay, but there are only {num_experts}")
     num_kept = max(num_experts - len(pruned), minimum)
     num_kept = -(-num_kept // multiple) * multiple
-    return np.setdiff1d(np.arange(num_experts, dtype=np.int64), pruned[: num_experts - num_kept])
+    stays = np.ones(num_experts, dtype=bool)
+    stays[pruned[: num_experts - num_kept]] = False
+    return np.flatnonzero(stays).astype(np.int64)

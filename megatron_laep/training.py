@@ -156,7 +156,7 @@ def _hooks() -> list[Hook]:
             _setup_model_and_optimizer,
             "agree on the map before the model is built, and start counting after",
         ),
-        Hook(f"{loop}:training_log", _training_log, "log load imbalance at the log interval"),
+        Hook(f"{loop}:training_log", _training_log, "log the loads at the log interval"),
         Hook(
             f"{loop}:report_theoretical_memory",
             _report_theoretical_memory,
@@ -297,6 +297,7 @@ def _training_log(original):
         if job is not None and iteration % get_args().log_interval == 0:
             job.log_loads(
                 iteration,
+                get_args(),
                 tensorboard=global_vars.get_tensorboard_writer(),
                 wandb=global_vars.get_wandb_writer(),
             )

@@ -13,6 +13,7 @@ PURE = (
     "expert_map",
     "load_log",
     "load_recorder",
+    "metrics",
     "placement",
     "planning",
     "pruning",

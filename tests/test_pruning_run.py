@@ -11,10 +11,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from distributed import LAEP, ON_CPU, TESTS, RunResult, run_megatron, tiny_arguments
+from written_scalars import tensorboard_scalars, wandb_scalars
 
 from megatron_laep import ExpertMap, load_log
+from megatron_laep.config import LaepConfig
+from megatron_laep.metrics import load_metrics
+from megatron_laep.planning import make_expert_map
 
 # Saves at 4 (inside the window of iterations 3 to 6), 6 (the pruning), 8 and 12.
 ITERATIONS, WINDOW, PRUNE, SAVE_INTERVAL = 14, 4, 6, 4
@@ -82,7 +87,15 @@ class Pruned:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Pruned:
     folder = tmp_path_factory.mktemp("pruned")
-    result = run_megatron(flags(folder), 2, launcher=LAEP, timeout=240)
+    logs = {
+        "log_interval": 2,  # that of the recorded loads
+        "tensorboard_dir": folder / "tensorboard",
+        "wandb_project": "laep",
+        "wandb_exp_name": "pruned",
+    }
+    result = run_megatron(
+        flags(folder, **logs), 2, launcher=LAEP, env={"WANDB_MODE": "offline"}, timeout=240
+    )
     text = (folder / "laep" / f"iter_{PRUNE:07d}" / "map.json").read_text()
     return Pruned(folder, result, ExpertMap.from_json(text))
 
@@ -157,6 +170,51 @@ def test_the_loads_are_recorded(run) -> None:
     kept = tuple(layer.experts_after for layer in run.expert_map.layers)
     assert pruned.expert_counts == kept and pruned.lineage == (run.expert_map.hash,)
     assert {int(row.sum()) for row in pruned.window(0)} == {2 * 8 * 64}
+
+
+def test_the_metrics_of_the_training_log(run) -> None:
+    """TensorBoard, W&B and console, against the loads that were recorded for the same intervals."""
+    config = LaepConfig(prune_iteration=PRUNE, alpha="1.0", beta=0.5)
+    expected: dict[str, dict[int, float]] = {}
+    folder, lines = run.folder / "laep", []
+    for log, pruned in (
+        (load_log.read(folder / "loads-full.bin"), False),
+        (load_log.read(folder / f"loads-{run.expert_map.short_hash}.bin"), True),
+    ):
+        for window, iteration in enumerate(log.last_iterations):
+            tokens = [np.array(row) for row in log.window(window)]
+            kept = None
+            if not pruned:
+                plan = make_expert_map(
+                    tokens,
+                    log.layer_numbers,
+                    config=config,
+                    iteration=iteration,
+                    top_k=1,
+                    expert_parallel_size_before=2,
+                    expert_parallel_size_after=2,
+                )
+                kept = [np.array(layer.kept) for layer in plan.layers]
+            blocks = [(row.size // 2,) * 2 for row in tokens]
+            found = load_metrics(tokens, log.layer_numbers, blocks, kept)
+            for name, value in found.scalars().items():
+                expected.setdefault(name, {})[int(iteration)] = value
+            lines.append(
+                f"laep event=load iteration={iteration} imbalance_mean={found.imbalance_L.mean():.4g} "
+            )
+    assert set(expected["laep/imbalance/mean"]) == set(range(2, ITERATIONS + 1, 2))
+    assert set(expected["laep/prunable/tokens"]) == {2, 4, PRUNE}
+    for written, precision in (
+        (tensorboard_scalars(run.folder / "tensorboard"), 1e-6),  # float32
+        (wandb_scalars(run.folder / "wandb"), 1e-12),
+    ):
+        assert {name for name in written if name.startswith("laep/")} == set(expected)
+        for name, values in expected.items():
+            assert written[name] == pytest.approx(values, rel=precision), name
+        assert set(written["lm loss"]) == set(range(1, ITERATIONS + 1))
+    for line in lines:
+        assert run.result.logs[0].count(line) == 1
+    assert run.result.logs[0].count(" prunable_experts=") == 3
 
 
 def test_a_job_that_does_not_prune_can_be_recorded(run, tmp_path) -> None:
