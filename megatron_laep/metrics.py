@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laep.config import AlphaSpec, LaepConfig
-from megatron_laep.expert_map import ExpertMap, equal_blocks
+from megatron_laep.expert_map import ExpertMap, near_equal_blocks
 from megatron_laep.planning import kept_experts
 
 NAMED_LAYERS = 3
@@ -160,16 +160,14 @@ def blocks_of_ranks(
 ) -> list[tuple[int, ...]]:
     """How many experts each EP rank holds, for each layer: the map's blocks, or equal ones.
 
-    expert_map: that the model follows; None for the full model. Equal blocks also where it is laid
-        out for another EP size.
+    expert_map: that the model follows; None for the full model.
     expert_counts: experts of each layer number now.
-    Errors: ValueError where equal blocks are needed and the experts do not divide.
+    Errors: ValueError if a layer has fewer experts than there are ranks.
     """
-    if expert_map is not None and expert_map.expert_parallel_size_after == expert_parallel_size:
-        return [expert_map.layer(number).experts_per_rank for number in expert_counts]
-    return [
-        equal_blocks(count, expert_parallel_size, number) for number, count in expert_counts.items()
-    ]
+    if expert_map is None:
+        return list(near_equal_blocks(list(expert_counts.values()), expert_parallel_size))
+    layout = expert_map.laid_out_for(expert_parallel_size)
+    return [layout.layer(number).experts_per_rank for number in expert_counts]
 
 
 def experts_kept_now(

@@ -1,13 +1,19 @@
-"""What counting tokens costs: one training job that counts in every other iteration.
+"""What the drop-in classes cost: one training job in which they and Megatron's own take turns.
 
     python scripts/bench_overhead.py                              # two gloo processes on a CPU
+    python scripts/bench_overhead.py --of dispatcher
     torchrun --nproc-per-node 8 scripts/bench_overhead.py --platform gpu --config FILE
 
-A stock Megatron job on mock data, under megatron_laep. Blocks of iterations with counting
-(``LaepMoELayer.route``) and without (Megatron's own ``MoELayer.route``, put in its place) alternate
-in the same processes, in an order that is drawn for each pair of blocks: whatever else the machine
-does falls on both alike. Unknown arguments go to Megatron. Also measured, on the same processes:
-one layer's routing alone, and the reading of all counters that ends a window.
+A stock Megatron job on mock data, under megatron_laep. Blocks of iterations with and without
+alternate in the same processes, in an order that is drawn for each pair of blocks: whatever else
+the machine does falls on both alike. Unknown arguments go to Megatron. What takes turns:
+
+counting    ``LaepMoELayer.route``, which counts tokens, and Megatron's ``MoELayer.route``.
+dispatcher  the token dispatcher for unequal numbers of experts on the ranks, here with equal ones,
+            and Megatron's. (A pruned layer with equal counts gets Megatron's.)
+
+Also measured, on the same processes: one layer's routing, or its dispatcher's bookkeeping, alone;
+and the reading of all counters that ends a window.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ class Comparison:
     """Measured pairs, in the unit of the input.
 
     Attributes:
-        off, on: median and both quartiles without and with counting.
+        off, on: median and both quartiles of Megatron's own and of the drop-in.
         ratio: median with over median without.
         ratio_interval: where 95 % of the ratios lie if whole pairs are drawn again (bootstrap).
         pairwise: median and quartiles of with / without in each pair.
@@ -84,7 +90,7 @@ def verdict(comparison: Comparison, target: float) -> str:
     """Says no more than the interval allows."""
     low, high = comparison.ratio_interval
     if high < 1:
-        return "not measured: counting speeds nothing up, the machine was too restless; try again"
+        return "not measured: faster than Megatron's own, the machine was too restless; try again"
     if high <= target:
         return "met"
     if low > target:
@@ -94,7 +100,7 @@ def verdict(comparison: Comparison, target: float) -> str:
 
 
 def draw_schedule(pairs: int, block: int, seed: int) -> list[bool]:
-    """Whether to count in each measured iteration; pairs of blocks, in an order drawn for each."""
+    """Which of the two is on in each measured iteration; pairs of blocks, in an order drawn for each."""
     order = random.Random(seed)
     schedule = []
     for _ in range(pairs):
@@ -104,14 +110,85 @@ def draw_schedule(pairs: int, block: int, seed: int) -> list[bool]:
 
 
 def paired(values: list[float], schedule: list[bool], block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the blocks without and with counting, each [pairs]."""
+    """Means of the blocks of Megatron's own and of the drop-in, each [pairs]."""
     means = np.reshape(values, (-1, 2, block)).mean(axis=2)
     counting = np.reshape(schedule, (-1, 2, block))[:, :, 0]
     return means[~counting], means[counting]
 
 
+class Counting:
+    """Switches between Megatron's routing and the one that counts."""
+
+    off, on, part, part_off, part_on = (
+        "without counting",
+        "with counting",
+        "routing",
+        "stock",
+        "counting",
+    )
+    baseline = "with Megatron's own MoELayer.route"
+    target = 1.01
+
+    def __init__(self, model: list) -> None:
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+
+        from megatron_laep.moe_layer import LaepMoELayer, find_layers
+
+        self._class = LaepMoELayer
+        self._routes = {False: MoELayer.route, True: LaepMoELayer.route}
+        self.layers = find_layers(model)
+
+    def switch(self, on: bool) -> None:
+        self._class.route = self._routes[on]
+
+    def run_part(self, on: bool, layer: Any, hidden_states: Any) -> None:
+        self._routes[on](layer, hidden_states)
+
+
+class Dispatcher:
+    """Switches between Megatron's token dispatcher and the one for unequal counts."""
+
+    off, on, part, part_off, part_on = (
+        "Megatron's",
+        "in slots",
+        "preprocess",
+        "Megatron's",
+        "in slots",
+    )
+    baseline = "with Megatron's own token dispatcher"
+    target = 1.0
+
+    def __init__(self, model: list) -> None:
+        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+        from megatron_laep.moe_layer import find_layers
+        from megatron_laep.slot_table import SlotTable
+        from megatron_laep.token_dispatcher import DISPATCHERS
+
+        self.layers = find_layers(model)
+        self._dispatchers = []
+        for layer in self.layers.values():
+            table = SlotTable((layer.num_local_experts,) * layer.ep_group.size())
+            in_slots = DISPATCHERS[layer.config.moe_token_dispatcher_type](
+                table, layer.config, get_default_pg_collection()
+            )
+            self._dispatchers.append((layer, {False: layer.token_dispatcher, True: in_slots}))
+
+    def switch(self, on: bool) -> None:
+        for layer, dispatchers in self._dispatchers:
+            layer.token_dispatcher = dispatchers[on]
+
+    def run_part(self, on: bool, layer: Any, hidden_states: Any) -> None:
+        _, routing_map = layer.route(hidden_states)
+        dispatchers = next(d for other, d in self._dispatchers if other is layer)
+        dispatchers[on].preprocess(routing_map)
+
+
+SUBJECTS = {"counting": Counting, "dispatcher": Dispatcher}
+
+
 class Bench:
-    """Takes the place of Megatron's ``train_step``: switches the counting and takes the times."""
+    """Takes the place of Megatron's ``train_step``: switches and takes the times."""
 
     def __init__(self, options: argparse.Namespace, train_step: Callable) -> None:
         self.options = options
@@ -123,21 +200,19 @@ class Bench:
 
     def __call__(self, forward_step, data, model, *args, iteration, **kwargs):
         import torch
-        from megatron.core.transformer.moe.moe_layer import MoELayer
-
-        from megatron_laep.moe_layer import LaepMoELayer
 
         if iteration == 0:
-            self._routes = {False: MoELayer.route, True: LaepMoELayer.route}
+            self._subject = SUBJECTS[self.options.of](model)
         torch.cuda.synchronize()
         measured = iteration - self.options.warmup
         if measured >= 0:
             self._marks.append((time.perf_counter(), time.process_time()))
         if measured == len(self.schedule):
-            LaepMoELayer.route = self._routes[True]
+            self._subject.switch(True)
             self._finish(model)
         else:
-            LaepMoELayer.route = self._routes[measured < 0 or self.schedule[measured]]
+            # Both warm up.
+            self._subject.switch(bool(iteration % 2) if measured < 0 else self.schedule[measured])
         return self._train_step(forward_step, data, model, *args, iteration=iteration, **kwargs)
 
     def _finish(self, model: list) -> None:
@@ -153,19 +228,18 @@ class Bench:
         self.report = describe(model, self.options) | {
             "iteration": compare(*paired(wall, self.schedule, block), seed),
             "processor": compare(*paired(processor, self.schedule, block), seed),
-            **measure_parts(model, self._routes, self.options),
+            **measure_parts(self._subject, self.options),
         }
 
 
-def measure_parts(model: list, routes: dict[bool, Callable], options: argparse.Namespace) -> dict:
-    """One layer's routing with and without counting, and the reading of the counters. A collective.
+def measure_parts(subject: Counting | Dispatcher, options: argparse.Namespace) -> dict:
+    """One layer's part of the step, both ways, and the reading of the counters. A collective.
 
-    On ranks without a MoE layer the routing is missing.
+    On ranks without a MoE layer the part is missing.
     """
     import torch
     from megatron.training import get_args
 
-    from megatron_laep.moe_layer import find_layers
     from megatron_laep.routing_stats import RoutingStats
 
     def seconds(function: Callable, *arguments: object) -> float:
@@ -176,7 +250,7 @@ def measure_parts(model: list, routes: dict[bool, Callable], options: argparse.N
         return time.perf_counter() - start
 
     args = get_args()
-    layers = find_layers(model)
+    layers = subject.layers
     stats = RoutingStats(layers)
     start_LE = stats.snapshot()
     readings = [seconds(stats.tokens_since, start_LE) for _ in range(50)]
@@ -194,8 +268,8 @@ def measure_parts(model: list, routes: dict[bool, Callable], options: argparse.N
             device=torch.cuda.current_device(),
         )
         calls = draw_schedule(options.calls, 1, options.seed)
-        times = [seconds(routes[counting], layer, hidden_states) for counting in calls]
-        parts["routing"] = compare(*paired(times, calls, 1), options.seed)
+        times = [seconds(subject.run_part, on, layer, hidden_states) for on in calls]
+        parts["part"] = compare(*paired(times, calls, 1), options.seed)
     return parts
 
 
@@ -232,6 +306,7 @@ def describe(model: list, options: argparse.Namespace) -> dict[str, Any]:
         "pairs": options.pairs,
         "block": options.block,
         "schedule_seed": options.seed,
+        "of": options.of,
         "target": options.target,
     }
 
@@ -248,6 +323,7 @@ def _processor() -> str:
 def format_report(report: dict[str, Any]) -> str:
     """The report for people."""
     whole, processor = report["iteration"], report["processor"]
+    subject = SUBJECTS[report["of"]]
     rows = [
         ("hardware", f"{report['hardware']}; load average {report['load_average']:.1f}"),
         ("software", report["software"]),
@@ -268,7 +344,7 @@ def format_report(report: dict[str, Any]) -> str:
                 f"data, seed {report['seed']}"
             ),
         ),
-        ("baseline", "the same job in the same processes, with Megatron's own MoELayer.route"),
+        ("baseline", f"the same job in the same processes, {subject.baseline}"),
         (
             "schedule",
             (
@@ -277,24 +353,26 @@ def format_report(report: dict[str, Any]) -> str:
             ),
         ),
         ("", ""),
-        ("without counting", _times(whole.off, 1e3, "ms an iteration")),
-        ("with counting", _times(whole.on, 1e3, "ms an iteration")),
+        (subject.off, _times(whole.off, 1e3, "ms an iteration")),
+        (subject.on, _times(whole.on, 1e3, "ms an iteration")),
         ("ratio of medians", _with_interval(whole.ratio, whole.ratio_interval, "{:.4f}")),
         ("ratios of pairs", "{:.4f}, quartiles {:.4f} to {:.4f}".format(*whole.pairwise)),
         ("processor time", _with_interval(processor.ratio, processor.ratio_interval, "{:.4f}")),
         ("target", f"at most {report['target']}: {verdict(whole, report['target'])}"),
     ]
-    if "routing" in report:
-        routing = report["routing"]
+    if "part" in report:
+        part = report["part"]
         calls = report["moe_layers"] * report["micro_batches"]
-        share = calls * routing.difference / whole.off[0]
-        interval = [bound * 1e6 for bound in routing.difference_interval]
+        share = calls * part.difference / whole.off[0]
+        interval = [bound * 1e6 for bound in part.difference_interval]
+        unit = "us a layer and micro-batch"
         rows += [
             ("", ""),
-            ("routing, stock", _times(routing.off, 1e6, "us a layer and micro-batch")),
-            ("routing, counting", _times(routing.on, 1e6, "us a layer and micro-batch")),
-            ("added", _with_interval(routing.difference * 1e6, interval, "{:.1f}") + " us"),
-            ("in an iteration", f"x {calls} = {share:.3%} of the iteration without counting"),
+            (subject.part, ""),
+            (f"  {subject.part_off}", _times(part.off, 1e6, unit)),
+            (f"  {subject.part_on}", _times(part.on, 1e6, unit)),
+            ("  added", _with_interval(part.difference * 1e6, interval, "{:.1f}") + " us"),
+            ("  in an iteration", f"x {calls} = {share:.3%} of the one {subject.baseline}"),
         ]
     rows.append(("reading counters", _times(report["reading"], 1e6, "us at the end of a window")))
     return "\n".join(f"{name:<18} {text}".rstrip() for name, text in rows)
@@ -316,12 +394,13 @@ def parse_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--of", choices=SUBJECTS, default="counting", help="what takes turns")
     parser.add_argument("--pairs", type=int, default=100, help="of blocks, with and without")
     parser.add_argument("--block", type=int, default=1, help="iterations in a block")
     parser.add_argument("--warmup", type=int, default=10, help="iterations before the first pair")
-    parser.add_argument("--calls", type=int, default=500, help="of one layer's routing, each way")
+    parser.add_argument("--calls", type=int, default=500, help="of one layer's part, each way")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule and the bootstrap")
-    parser.add_argument("--target", type=float, default=1.01, help="for the ratio of medians")
+    parser.add_argument("--target", type=float, help="for the ratio of medians")
     parser.add_argument("--processes", type=int, default=2, help="unless torchrun starts them")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument(
@@ -335,6 +414,8 @@ def parse_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("pairs", "block", "warmup", "calls", "processes"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.target is None:
+        options.target = SUBJECTS[options.of].target
     if not options.config.is_file():
         parser.error(f"--config {options.config}: there is no such file")
     return options, rest

@@ -198,12 +198,13 @@ def test_blocks_are_those_of_the_map():
     assert blocks_of_ranks(uneven_map(), counts, 2) == [(2, 4), (3, 1)]
 
 
-def test_blocks_are_equal_without_a_map_for_this_size():
+def test_blocks_are_as_equal_as_can_be_without_a_map_for_this_size():
     counts = {1: 6, 2: 4}
     assert blocks_of_ranks(None, counts, 2) == [(3, 3), (2, 2)]
     assert blocks_of_ranks(uneven_map(), counts, 1) == [(6,), (4,)]
-    with pytest.raises(ValueError, match="layer 1 keeps 6 experts, not divisible by"):
-        blocks_of_ranks(uneven_map(), counts, 4)
+    assert blocks_of_ranks(uneven_map(), counts, 4) == [(2, 2, 1, 1), (1, 1, 1, 1)]
+    with pytest.raises(ValueError, match="layer 2 keeps 4 experts, fewer than"):
+        blocks_of_ranks(uneven_map(), counts, 5)
 
 
 # -- what would be pruned now ----------------------------------------------------------------------
