@@ -40,12 +40,12 @@ class LaepMoELayer(MoELayer):
         **named,
     ) -> None:
         table = getattr(config, "laep_slot_table", None)
-        if table is None or table.even:
+        if table is None or table.full:
             super().__init__(config, submodules, layer_number, pg_collection, **named)
             self._table = None
         else:
             pg_collection = pg_collection or get_default_pg_collection()
-            self._build_uneven(config, submodules, layer_number, pg_collection, table, **named)
+            self._build_in_slots(config, submodules, layer_number, pg_collection, table, **named)
         self.read_through: LayerMap | None = None
         self.register_buffer(
             "laep_tokens_per_expert",
@@ -55,10 +55,10 @@ class LaepMoELayer(MoELayer):
             persistent=False,
         )
 
-    def _build_uneven(
+    def _build_in_slots(
         self, layer_config, submodules, layer_number, pg_collection, table: SlotTable, **named
     ) -> None:
-        """Builds a layer of ``table``'s experts.
+        """Builds a layer whose ranks hold ``table``'s experts.
 
         Megatron's constructor divides a number of experts by the ranks. It is given the slots, and
         its router and experts are told the truth.
@@ -148,7 +148,14 @@ def set_layer_counts(config: TransformerConfig, expert_map: ExpertMap) -> None:
     set, and then also writes one checkpoint key for each layer. A layer's config is a shallow copy:
     re-running ``__post_init__`` would validate, and change, values that are derived already.
     """
-    tables = {layer.layer_number: SlotTable(layer.experts_per_rank) for layer in expert_map.layers}
+    slots = 0
+    if config.moe_token_dispatcher_type == "flex":
+        # Its back ends share buffers among the layers.
+        slots = max(max(layer.experts_per_rank) for layer in expert_map.layers)
+    tables = {
+        layer.layer_number: SlotTable(layer.experts_per_rank, min_slots=slots)
+        for layer in expert_map.layers
+    }
 
     def get_config_for_layer(layer_number: int) -> TransformerConfig:
         if layer_number not in tables:

@@ -5,7 +5,8 @@ dispatchers send tokens by it, ``sharding`` finds an expert's place in the check
 
 Megatron gives every rank the same number of *slots* and computes expert = rank * slots + local slot.
 Uneven counts keep that arithmetic: every rank has as many slots as the fullest one, and those that no
-expert lies in are never used. A slot costs a zero in a table of token counts, nothing else.
+expert lies in are never used. An empty slot has no parameters and gets no token; it costs a zero in a
+table of token counts.
 """
 
 from dataclasses import dataclass
@@ -20,19 +21,22 @@ class SlotTable:
     Attributes:
         experts_per_rank: number of experts on each EP rank, at least one of them not 0; rank r holds
             the block of (new) expert ids after those of ranks 0 to r - 1.
+        min_slots: of a rank; more than the fullest rank's experts where layers share buffers that are
+            sized by the slots.
     """
 
     experts_per_rank: tuple[int, ...]
+    min_slots: int = 0
 
     @property
-    def even(self) -> bool:
-        """Whether all ranks hold equally many, which is what Megatron does by itself."""
-        return len(set(self.experts_per_rank)) == 1
+    def full(self) -> bool:
+        """Whether an expert lies in every slot, which is what Megatron does by itself."""
+        return self.num_experts == self.num_slots
 
     @property
     def slots_per_rank(self) -> int:
-        """Slots on each rank: the experts of the fullest rank."""
-        return max(self.experts_per_rank)
+        """Slots on each rank: the experts of the fullest rank, or more."""
+        return max(*self.experts_per_rank, self.min_slots)
 
     @property
     def num_experts(self) -> int:

@@ -12,10 +12,26 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_laep.slot_table import SlotTable
+
+
+def _in_slots(
+    table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> dict:
+    """What a dispatcher of Megatron's is told, so that it takes the slots for experts."""
+    in_slots = copy.copy(config)
+    in_slots.num_moe_experts = table.num_slots
+    first = pg_collection.ep.rank() * table.slots_per_rank
+    return {
+        "num_local_experts": table.slots_per_rank,
+        "local_expert_indices": list(range(first, first + table.slots_per_rank)),
+        "config": in_slots,
+        "pg_collection": pg_collection,
+    }
 
 
 class SlotAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -33,15 +49,7 @@ class SlotAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def __init__(
         self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:
-        in_slots = copy.copy(config)
-        in_slots.num_moe_experts = table.num_slots
-        first = pg_collection.ep.rank() * table.slots_per_rank
-        super().__init__(
-            table.slots_per_rank,
-            list(range(first, first + table.slots_per_rank)),
-            config=in_slots,
-            pg_collection=pg_collection,
-        )
+        super().__init__(**_in_slots(table, config, pg_collection))
         self._num_slots = table.num_slots
         self._experts_here = table.experts_per_rank[self.ep_rank]
         self._slots_E = torch.tensor(table.slots, device=torch.cuda.current_device())
@@ -93,7 +101,46 @@ class SlotAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         return tokens, tokens_per_expert[:0], probs
 
 
+class SlotFlexTokenDispatcher(MoEFlexTokenDispatcher):
+    """DeepEP, HybridEP or NCCL-EP with any number of experts on each rank, also none.
+
+    Their kernels want equally many experts on all ranks, so they are given the slots: phantom experts
+    that no token is routed to. Tried as far as the metadata that the kernels get; the kernels
+    themselves need a GPU and were never run by this project.
+
+    Args:
+        table: the layer's experts on each rank. HybridEP and NCCL-EP size buffers that all layers share
+            by the layer that comes first: there all tables of a model must have equally many slots.
+        config, pg_collection: as in ``SlotAlltoAllTokenDispatcher``.
+    """
+
+    def __init__(
+        self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(**_in_slots(table, config, pg_collection))
+        self._num_slots = table.num_slots
+        self._experts_here = table.experts_per_rank[self.ep_rank]
+        self._slots_E = torch.tensor(table.slots, device=torch.cuda.current_device())
+
+    def _initialize_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor):
+        tokens = routing_map.shape[0]
+        map_of_slots = routing_map.new_zeros(tokens, self._num_slots)
+        map_of_slots[:, self._slots_E] = routing_map
+        # Some back ends find a token's experts as its k largest probabilities, of which one may have
+        # vanished in rounding: below zero, an empty slot never is among them.
+        probs_of_slots = probs.new_full((tokens, self._num_slots), -1.0)
+        probs_of_slots[:, self._slots_E] = probs
+        return super()._initialize_metadata(map_of_slots, probs_of_slots)
+
+    def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor):
+        """As Megatron's, with counts for the experts on this rank."""
+        tokens, tokens_per_slot, probs = super().dispatch_postprocess(hidden_states, probs)
+        # The empty slots are a rank's last ones.
+        return tokens, tokens_per_slot[: self._experts_here], probs
+
+
 DISPATCHERS = {
     "alltoall": SlotAlltoAllTokenDispatcher,
     "allgather": SlotAllGatherTokenDispatcher,
+    "flex": SlotFlexTokenDispatcher,
 }

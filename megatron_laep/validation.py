@@ -14,7 +14,6 @@ from megatron_laep import planning
 from megatron_laep.checkpoint import Record
 from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap
-from megatron_laep.token_dispatcher import DISPATCHERS
 
 
 def moe_layer_numbers(args: Namespace) -> list[int]:
@@ -67,7 +66,6 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
         situation: completes "FLAG is not supported ...".
     """
     balancing = args.moe_router_load_balancing_type
-    dispatcher = args.moe_token_dispatcher_type
     unsupported = [
         (
             args.save is not None and args.ckpt_format != "torch_dist",
@@ -87,9 +85,9 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "would mix; route without --moe-router-num-groups and --moe-router-group-topk",
         ),
         (
-            dispatcher not in DISPATCHERS,
-            f"--moe-token-dispatcher-type {dispatcher}",
-            "its buffers are sized by one expert count; use alltoall or allgather",
+            args.moe_ncclep_static_shape or args.moe_ncclep_zero_copy,
+            "--moe-ncclep-static-shape (or -zero-copy)",
+            "its experts write into buffers that layers with different experts cannot share; remove it",
         ),
         (
             bool(args.mtp_num_layers),
@@ -226,6 +224,11 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             args.optimizer not in ("adam", "sgd"),
             f"--optimizer {args.optimizer}",
             "its state was never carried through an expert map; use --optimizer adam",
+        ),
+        (
+            args.moe_token_dispatcher_type == "flex" and in_job,
+            "--moe-token-dispatcher-type flex",
+            f"the buffers of its kernels are made once in a process; {or_relaunch}",
         ),
         (
             args.tp_comm_overlap and in_job,

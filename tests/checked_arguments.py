@@ -92,7 +92,6 @@ UNSUPPORTED = {
         },
         ["--moe-router-load-balancing-type quantile_balancing"],
     ),
-    "flex": ({"moe_token_dispatcher_type": "flex"}, ["--moe-token-dispatcher-type flex"]),
     "MTP": ({"mtp_num_layers": 1}, ["--mtp-num-layers 1"]),
     "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),

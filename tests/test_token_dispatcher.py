@@ -289,3 +289,64 @@ def equal_cases(draw, ranks: int) -> Case:
 def test_equal_counts_are_megatrons_to_the_bit() -> None:
     for outcome in on_ranks(2, sweep, 2, "equal_cases", compare_with_stock, 30):
         assert outcome.result() >= 30
+
+
+def flex_metadata(backend: str, experts_per_rank: tuple[int, ...], slots: int) -> list:
+    """What the kernels of a back end would be given, for 40 tokens: slots and probabilities."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe import token_dispatcher as stock
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_laep.slot_table import SlotTable
+    from megatron_laep.token_dispatcher import SlotFlexTokenDispatcher
+
+    # Their constructors ask whether the kernels are installed; none is called here.
+    stock.fused_dispatch = stock.hybrid_ep_dispatch = stock.nccl_ep_dispatch = object()
+    stock.set_deepep_num_sms = lambda number: None
+    table = SlotTable(experts_per_rank, min_slots=slots)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=table.num_slots,
+        moe_router_topk=2,
+        expert_model_parallel_size=2,
+        add_bias_linear=False,
+    )
+    config.moe_flex_dispatcher_backend = backend
+    config.moe_expert_rank_capacity_factor = 2.0 if backend == "ncclep" else None
+    dispatcher = SlotFlexTokenDispatcher(table, config, moe_layer_groups())
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, table.num_experts, generator=generator)
+    top, chosen = torch.softmax(logits, dim=-1).topk(2)
+    top[::3, 1] = 0.0  # a probability that has vanished in rounding
+    probs = torch.zeros_like(logits).scatter(1, chosen, top)
+    routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+    dispatcher.dispatch_preprocess(torch.zeros(40, 1, HIDDEN), routing_map, probs)
+    manager = dispatcher._comm_manager
+    assert (manager.num_local_experts, manager.num_experts) == (slots, 2 * slots)
+    if backend == "hybridep":
+        found = [row.nonzero().flatten().tolist() for row in manager.routing_map]
+        weights = [row[ids].tolist() for row, ids in zip(manager.token_probs, found, strict=True)]
+    else:
+        found, weights = manager.token_indices.tolist(), manager.token_probs.tolist()
+    return list(zip(found, weights, chosen.tolist(), top.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep", "ncclep"])
+@pytest.mark.parametrize(("experts_per_rank", "slots"), [((3, 1), 3), ((0, 4), 6), ((2, 2), 5)])
+def test_flex_metadata_names_the_slots_of_the_chosen_experts(backend, experts_per_rank, slots):
+    """The kernels themselves need a GPU: this is as far as they can be tried here."""
+    first = experts_per_rank[0]
+    for outcome in on_ranks(2, flex_metadata, backend, experts_per_rank, slots):
+        for found, weights, chosen, probs in outcome.result():
+            wanted = {
+                (expert if expert < first else slots + expert - first): weight
+                for expert, weight in zip(chosen, probs, strict=True)
+            }
+            sent = dict(zip(found, weights, strict=True))
+            # A vanished probability may go to any expert, as in Megatron, but to no empty slot.
+            assert {s: w for s, w in sent.items() if w} == {s: w for s, w in wanted.items() if w}
+            assert all(slot % slots < experts_per_rank[slot // slots] for slot in sent)

@@ -216,6 +216,7 @@ NOT_WHILE_PRUNING = {
 }
 
 ONLY_IN_A_RELAUNCH = {
+    "flex": ({"moe_token_dispatcher_type": "flex"}, ["--moe-token-dispatcher-type flex"]),
     "in-process restart": ({"inprocess_restart": True}, ["--inprocess-restart"]),
     "fault tolerance": ({"enable_ft_package": True}, ["--enable-ft-package"]),
 }

@@ -169,6 +169,7 @@ GOOD_STARTS = {
     "window open": ("inside", {"laep_window": 5}, 2),
     "no window wanted": ("full", {"laep_prune_iteration": None}, 2),
     "pruned": ("applied", {}, 2),
+    "pruned, to ranks with 3 and 2": ("uneven", {"expert_model_parallel_size": 4}, 4),
     "pruned, and no flags": ("applied", {"laep_prune_iteration": None}, 2),
     "pruned, to fewer ranks": ("pending", {"laep_expert_model_parallel_size": 1}, 1),
     "pruned, other rules": ("pending", {"laep_alpha": "0.9", "laep_window": 3}, 2),
@@ -178,7 +179,8 @@ GOOD_STARTS = {
 @pytest.mark.parametrize("name, flags, size", GOOD_STARTS.values(), ids=GOOD_STARTS)
 def test_a_checkpoint_that_the_job_can_go_on_from(tmp_path, checkpoints, name, flags, size):
     flags = {"load": checkpoints[name], "expert_model_parallel_size": 2} | flags
-    args = in_megatron(parsed, job(tmp_path, **flags), env=ranks(2)).result()
+    env = ranks(max(2, flags["expert_model_parallel_size"]))
+    args = in_megatron(parsed, job(tmp_path, **flags), env=env).result()
     assert args["expert_model_parallel_size"] == size
 
 
@@ -198,8 +200,8 @@ BAD_MODELS = {
     ),
     "EP size": (
         "uneven",
-        {"expert_model_parallel_size": 4},
-        ["layer 2", "keeps 6 experts", "expert-model-parallel-size 4", "divides 2"],
+        {"expert_model_parallel_size": 8},
+        ["layer 1", "keeps 4 experts", "fewer than expert-model-parallel-size 8", "at most 4"],
     ),
     "top-k": (
         "applied",
