@@ -2,7 +2,7 @@
 
 The folder, in the order in which a run passes through it:
 
-* ``config``, ``validation``: the ``--laep-*`` flags and the checks of them before a model is built.
+* ``config``, ``alpha``, ``validation``: the ``--laep-*`` flags, checked before a model is built.
 * ``moe_layer``, ``routing_stats``, ``metrics``: count the tokens of each expert, close windows, log.
 * ``recording``, ``load_recorder``, ``load_log``: the loads of a whole run in a file, and its reader.
 * ``stability``, ``pruning``, ``placement``, ``planning``, ``expert_map``, ``summary``: the pure

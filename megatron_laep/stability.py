@@ -51,7 +51,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megatron_laep.config import AlphaSpec
+from megatron_laep.alpha import AlphaSpec
 from megatron_laep.pruning import checked_loads, exact_decimal, experts_to_prune
 
 

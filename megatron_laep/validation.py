@@ -11,8 +11,9 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep import planning
+from megatron_laep.alpha import AlphaSpec
 from megatron_laep.checkpoint import Record
-from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
+from megatron_laep.config import LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap
 
 

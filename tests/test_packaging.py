@@ -25,7 +25,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.args"))
 SHELL_SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 # The modules that work without torch and Megatron: what `pip install megatron-laep` alone must run.
 PURE = (
-    *("__init__", "config", "expert_map", "pruning", "placement", "planning", "summary"),
+    *("__init__", "alpha", "config", "expert_map", "pruning", "placement", "planning", "summary"),
     *("load_log", "load_recorder", "stability"),
     *("tools/__main__", "tools/inspect", "tools/options", "tools/plan"),
     *("tools/stability", "tools/sweep", "training_log"),

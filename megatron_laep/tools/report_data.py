@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_laep.config import AlphaSpec, LaepConfig
+from megatron_laep.alpha import AlphaSpec
+from megatron_laep.config import LaepConfig
 from megatron_laep.placement import rank_loads
 from megatron_laep.stability import Comparison, StabilityThresholds, compare
 from megatron_laep.tools.load_history import LoadHistory, Window, original_ids, read_history
