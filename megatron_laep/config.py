@@ -11,8 +11,9 @@ import argparse
 from dataclasses import dataclass, fields
 
 from megatron_laep.alpha import AlphaSpec
+from megatron_laep.schedule import DEFAULT_WINDOW, Leg
+from megatron_laep.stability import StabilityThresholds
 
-DEFAULT_WINDOW = 100
 PLACEMENTS = ("greedy", "none")
 
 
@@ -35,6 +36,13 @@ class LaepConfig:
     plan: str | None = None
     exit_after_prune: bool = False
     record_interval: int | None = None
+    prune_when_stable: bool = False
+    require_stable: bool = False
+    stability_rank_correlation: float = StabilityThresholds.rank_correlation
+    stability_churn: float = StabilityThresholds.churn
+    stability_load_change: float = StabilityThresholds.load_change
+    stability_share: float = StabilityThresholds.share
+    stability_patience: int = StabilityThresholds.patience
 
     @property
     def enabled(self) -> bool:
@@ -63,13 +71,29 @@ class LaepConfig:
         """The same settings as argument attributes: {"laep_prune_iteration": ..., ...}."""
         return {f"laep_{item.name}": getattr(self, item.name) for item in fields(self)}
 
-    def resolved_window(self) -> int:
-        """Number of iterations whose loads count: `window`, or min(100, prune_iteration)."""
-        if self.window is not None:
-            return self.window
-        if self.prune_iteration is None:
-            raise ValueError("there is no statistics window without --laep-prune-iteration")
-        return min(DEFAULT_WINDOW, self.prune_iteration)
+    def stability_thresholds(self) -> StabilityThresholds:
+        """What counts as stable. Errors: ValueError that names the flag."""
+        values = {
+            item.name: getattr(self, f"stability_{item.name}")
+            for item in fields(StabilityThresholds)
+        }
+        for name, value in values.items():
+            try:
+                StabilityThresholds(**{name: value})
+            except ValueError as error:
+                raise ValueError(f"{_flag(f'stability_{name}')}: {error}") from None
+        return StabilityThresholds(**values)
+
+    def leg(self) -> Leg:
+        """The iterations up to the pruning, and the windows in them; for `enabled` settings."""
+        start, end = 0, self.prune_iteration
+        return Leg(
+            start,
+            end,
+            window=min(DEFAULT_WINDOW, end - start) if self.window is None else self.window,
+            needed=self.stability_patience + 1,
+            early=self.prune_when_stable,
+        )
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the job. Errors: ValueError that names the flag."""
@@ -96,16 +120,33 @@ class LaepConfig:
             )
         if self.plan is not None and (not isinstance(self.plan, str) or not self.plan):
             raise ValueError(f"--laep-plan must be the path of a file, got {self.plan!r}")
-        if not self.enabled:
+        self.stability_thresholds()
+        if self.enabled:
+            self._check_windows()
+        else:
             self._check_all_defaults()
-        elif self.window is not None and self.window > self.prune_iteration:
+        multiple, ranks = self.expert_multiple, self.expert_model_parallel_size
+        if multiple is not None and ranks is not None:
+            check_multiple(multiple, ranks)
+
+    def _check_windows(self) -> None:
+        if self.window is not None and self.window > self.prune_iteration:
             raise ValueError(
                 f"--laep-window {self.window} is longer than the {self.prune_iteration} iterations "
                 f"before pruning (--laep-prune-iteration): use at most {self.prune_iteration}"
             )
-        multiple, ranks = self.expert_multiple, self.expert_model_parallel_size
-        if multiple is not None and ranks is not None:
-            check_multiple(multiple, ranks)
+        leg = self.leg()
+        windows = len(leg.window_starts)
+        if windows < leg.needed and (self.prune_when_stable or self.require_stable):
+            flag = "prune_when_stable" if self.prune_when_stable else "require_stable"
+            longest = (leg.end - leg.start) // leg.needed
+            remedy = f"use --laep-window {longest} or less, or prune later"
+            raise ValueError(
+                f"{_flag(flag)} compares {leg.needed} windows (--laep-stability-patience "
+                f"{self.stability_patience}), but of windows of {leg.window} iterations "
+                f"(--laep-window) only {windows} fit before --laep-prune-iteration {leg.end}: "
+                f"{remedy if longest else 'prune later'}"
+            )
 
     def _check_all_defaults(self) -> None:
         """Without a prune iteration every other setting is dead: say so, instead of never
@@ -157,11 +198,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Prune after iteration N. Giving this flag switches LAEP on.",
     )
     group.add_argument(
+        "--laep-prune-when-stable",
+        action="store_true",
+        default=defaults.prune_when_stable,
+        help="Prune at the end of the first window (--laep-window) at which the loads are stable, "
+        "at the latest after iteration N.",
+    )
+    group.add_argument(
+        "--laep-require-stable",
+        action="store_true",
+        default=defaults.require_stable,
+        help="Do not prune if the loads are not stable after iteration N (default: warn and prune).",
+    )
+    group.add_argument(
         "--laep-window",
         type=int,
         metavar="W",
         default=defaults.window,
-        help="Decide on the tokens that the experts got in the last W iterations before pruning "
+        help="Decide on the tokens that the experts got in the last W iterations before pruning; "
+        "their stability is measured between such windows, of which one ends after iteration N "
         f"(default: {DEFAULT_WINDOW}, or N if that is smaller).",
     )
     group.add_argument(
@@ -225,4 +280,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Record the tokens of each expert every I iterations in SAVE/laep/, for the laep "
         "command; also in jobs that will not prune (default: no record).",
     )
+    for item in fields(StabilityThresholds):
+        group.add_argument(
+            _flag(f"stability_{item.name}"),
+            type=type(item.default),
+            metavar="K" if isinstance(item.default, int) else "X",
+            default=item.default,
+            help=f"Of what counts as stable: {item.metadata['help']}.",
+        )
     return parser

@@ -17,6 +17,8 @@ PURE = (
     "placement",
     "planning",
     "pruning",
+    "decision_log",
+    "schedule",
     "stability",
     "summary",
     "cost_inputs",
