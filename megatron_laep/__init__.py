@@ -2,14 +2,17 @@
 
 The folder, in the order in which a run passes through it:
 
-* ``config``, ``validation``: the ``--laep-*`` flags and the checks of them before a model is built.
+* ``config``, ``alpha``, ``schedule``: the ``--laep-*`` flags; the windows before a pruning.
+* ``validation``, ``resumption``: the checks of flags and checkpoint before a model is built.
 * ``moe_layer``, ``routing_stats``, ``metrics``: count the tokens of each expert, close windows, log.
+* ``trigger``, ``decision_log``: a job's windows, and what it decides on their stability.
 * ``recording``, ``load_recorder``, ``load_log``: the loads of a whole run in a file, and its reader.
 * ``stability``, ``pruning``, ``placement``, ``planning``, ``expert_map``, ``summary``: the pure
   part, loads in and an expert map out; numpy only.
 * ``checkpoint``, ``optimizer_state``: the map inside the checkpoint, loading through the map.
 * ``training``, ``job``, ``parallel``: the hooks in Megatron's loop, the state machine that they
-  drive, the rebuild; with ``hooks``, ``events`` (log lines) and ``model_size``.
+  drive, the rebuild; with ``hooks``, ``events`` (log lines), ``agreement`` (rank 0 decides) and
+  ``model_size``.
 * ``__main__``: the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``.
 * ``tools``, ``cost_inputs``, ``cost_model``: the ``laep`` command, offline.
 * ``cpu``: lets stock Megatron train on gloo processes without a GPU; never imported on a GPU run.

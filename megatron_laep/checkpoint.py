@@ -38,7 +38,7 @@ from megatron_laep.routing_stats import OpenWindow
 ENTRY = "megatron_laep"
 PENDING = "pending"
 APPLIED = "applied"
-_RECORD_VERSION = 1
+_RECORD_VERSION = 2
 
 
 class PrunedCheckpoint:
@@ -91,7 +91,10 @@ class Record:
     Attributes:
         expert_map: the map that belongs to the checkpoint, or None while nothing was pruned.
         map_state: ``"pending"`` or ``"applied"``; None without a map.
-        window: the pruning window's counts so far, if the checkpoint was written inside it.
+        window: counts so far of the window of loads that the checkpoint was written in.
+        ended: the windows before that one, oldest first, as many as a decision on stability needs.
+        declined: iterations at which the job was to be pruned, and was not since the loads were not
+            stable (--laep-require-stable).
         iteration: of the checkpoint. Not stored: read from where Megatron keeps it.
         is_laep: whether a LAEP job wrote the checkpoint; False gives a record without map.
     """
@@ -99,8 +102,14 @@ class Record:
     expert_map: ExpertMap | None = None
     map_state: str | None = None
     window: OpenWindow | None = None
+    ended: tuple[OpenWindow, ...] = ()
+    declined: tuple[int, ...] = ()
     iteration: int = 0
     is_laep: bool = True
+
+    def starting_over(self) -> "Record":
+        """For a job that takes only the weights: its iterations count from 0 again."""
+        return dataclasses.replace(self, iteration=0, window=None, ended=(), declined=())
 
     def to_entry(self) -> dict | PrunedCheckpoint:
         """The value that goes into the checkpoint's common state; plain Python values."""
@@ -109,6 +118,8 @@ class Record:
             "expert_map": self.expert_map.to_json() if self.expert_map else None,
             "map_state": self.map_state,
             "window": dataclasses.asdict(self.window) if self.window else None,
+            "ended": [dataclasses.asdict(window) for window in self.ended],
+            "declined": list(self.declined),
         }
         return PrunedCheckpoint(record) if self.map_state == APPLIED else record
 
@@ -139,6 +150,8 @@ class Record:
             expert_map=expert_map,
             map_state=record["map_state"],
             window=OpenWindow(**window) if window else None,
+            ended=tuple(OpenWindow(**ended) for ended in record["ended"]),
+            declined=tuple(record["declined"]),
             iteration=iteration,
         )
 

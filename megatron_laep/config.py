@@ -1,4 +1,4 @@
-"""The user's settings: `--laep-*` flags, their frozen value, and the alpha specification.
+"""The user's settings: `--laep-*` flags and their frozen value.
 
 First in the flow: the launcher adds the flags to Megatron's parser, `validation` checks them
 against the job, and every later stage reads the `LaepConfig`. What can be checked without knowing
@@ -8,122 +8,13 @@ the job is checked here.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-DEFAULT_WINDOW = 100
+from megatron_laep.alpha import AlphaSpec
+from megatron_laep.schedule import DEFAULT_WINDOW, Leg
+from megatron_laep.stability import StabilityThresholds
+
 PLACEMENTS = ("greedy", "none")
-
-
-@dataclass(frozen=True)
-class AlphaRange:
-    """`alpha` for the layers `first` to `last` (Megatron's 1-based numbers, both ends included)."""
-
-    alpha: float
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.alpha:g}:{self.first}-{self.last}"
-
-
-@dataclass(frozen=True)
-class AlphaSpec:
-    """The individual constraint's factor alpha_l, for each layer: one number for all, or ranges
-    (`ranges` is () then).
-
-    Made by `parse`. Ranges speak of Megatron's layer numbers 1 to num_layers, dense layers
-    included: a dense layer inside a range is fine (it has no experts), a number that the model does
-        not have is not.
-    """
-
-    uniform: float | None
-    ranges: tuple[AlphaRange, ...] = ()
-
-    @staticmethod
-    def parse(text: str) -> AlphaSpec:
-        """The value of a text such as "0.4" or "0.2:1-10,0.4:11-93,0.2:94-103".
-
-        "inf" leaves the decision to beta alone; "0.2:7" is a range of one layer.
-        Errors: ValueError for junk, negative or NaN alpha, reversed or overlapping ranges.
-        """
-        if not isinstance(text, str):
-            raise ValueError(f"--laep-alpha must be a string such as '0.4', got {text!r}")
-        if ":" not in text:
-            return AlphaSpec(uniform=_parse_alpha(text, text))
-        ranges = tuple(_parse_range(part, text) for part in text.split(","))
-        by_start = sorted(ranges, key=lambda item: (item.first, item.last))
-        for left, right in zip(by_start, by_start[1:], strict=False):
-            if right.first <= left.last:
-                raise ValueError(
-                    f"--laep-alpha {text}: ranges {left} and {right} both name layer "
-                    f"{right.first}; give each layer one alpha"
-                )
-        return AlphaSpec(uniform=None, ranges=tuple(by_start))
-
-    def for_layer(self, layer_number: int) -> float:
-        """alpha_l, >= 0 and possibly infinite; ValueError if no range names the layer."""
-        if self.uniform is not None:
-            return self.uniform
-        for item in self.ranges:
-            if item.first <= layer_number <= item.last:
-                return item.alpha
-        raise ValueError(
-            f"--laep-alpha has no range for MoE layer {layer_number}, only "
-            f"{','.join(map(str, self.ranges))}: add {layer_number} to a range"
-        )
-
-    def check_layers(self, moe_layer_numbers: Iterable[int], num_layers: int | None = None) -> None:
-        """ValueError unless the ranges name every MoE layer, and no layer beyond the model.
-
-        num_layers: layers of the model, dense ones included; None means that the last MoE layer is
-            the last one.
-        """
-        moe_layer_numbers = sorted(moe_layer_numbers)
-        if num_layers is None:
-            num_layers = moe_layer_numbers[-1]
-        for item in self.ranges:
-            if item.last > num_layers:
-                raise ValueError(
-                    f"--laep-alpha range {item} names layer {item.last}, but the model has "
-                    f"{num_layers} layers: end the range at {num_layers} or before"
-                )
-        for layer_number in moe_layer_numbers:
-            self.for_layer(layer_number)
-
-
-def _parse_alpha(number: str, text: str) -> float:
-    try:
-        alpha = float(number)
-    except ValueError:
-        raise ValueError(
-            f"--laep-alpha {text!r}: {number!r} is not a number; give one number such as 0.4, or "
-            "numbers by layer range such as 0.2:1-10,0.4:11-93,0.2:94-103"
-        ) from None
-    if math.isnan(alpha) or alpha < 0:
-        raise ValueError(f"--laep-alpha {text}: alpha must be a number >= 0 or inf, got {alpha:g}")
-    return alpha
-
-
-def _parse_range(part: str, text: str) -> AlphaRange:
-    number, _, layers = part.partition(":")
-    first, dash, last = (piece.strip() for piece in layers.partition("-"))
-    if not dash:
-        last = first
-    # isascii and isdigit: int() would also take "+1", "1_0" and digits of other scripts
-    if not all(end.isascii() and end.isdigit() for end in (first, last)):
-        raise ValueError(
-            f"--laep-alpha {text!r}: {part!r} is not of the form ALPHA:FIRST-LAST, such as 0.2:1-10"
-        )
-    item = AlphaRange(alpha=_parse_alpha(number, text), first=int(first), last=int(last))
-    if item.first < 1:
-        raise ValueError(f"--laep-alpha {text}: layers count from 1, range {part!r} starts at 0")
-    if item.last < item.first:
-        raise ValueError(
-            f"--laep-alpha {text}: range {part!r} is reversed; write {item.last}-{item.first}"
-        )
-    return item
 
 
 @dataclass(frozen=True)
@@ -145,6 +36,13 @@ class LaepConfig:
     plan: str | None = None
     exit_after_prune: bool = False
     record_interval: int | None = None
+    prune_when_stable: bool = False
+    require_stable: bool = False
+    stability_rank_correlation: float = StabilityThresholds.rank_correlation
+    stability_churn: float = StabilityThresholds.churn
+    stability_load_change: float = StabilityThresholds.load_change
+    stability_share: float = StabilityThresholds.share
+    stability_patience: int = StabilityThresholds.patience
 
     @property
     def enabled(self) -> bool:
@@ -173,13 +71,29 @@ class LaepConfig:
         """The same settings as argument attributes: {"laep_prune_iteration": ..., ...}."""
         return {f"laep_{item.name}": getattr(self, item.name) for item in fields(self)}
 
-    def resolved_window(self) -> int:
-        """Number of iterations whose loads count: `window`, or min(100, prune_iteration)."""
-        if self.window is not None:
-            return self.window
-        if self.prune_iteration is None:
-            raise ValueError("there is no statistics window without --laep-prune-iteration")
-        return min(DEFAULT_WINDOW, self.prune_iteration)
+    def stability_thresholds(self) -> StabilityThresholds:
+        """What counts as stable. Errors: ValueError that names the flag."""
+        values = {
+            item.name: getattr(self, f"stability_{item.name}")
+            for item in fields(StabilityThresholds)
+        }
+        for name, value in values.items():
+            try:
+                StabilityThresholds(**{name: value})
+            except ValueError as error:
+                raise ValueError(f"{_flag(f'stability_{name}')}: {error}") from None
+        return StabilityThresholds(**values)
+
+    def leg(self) -> Leg:
+        """The iterations up to the pruning, and the windows in them; for `enabled` settings."""
+        start, end = 0, self.prune_iteration
+        return Leg(
+            start,
+            end,
+            window=min(DEFAULT_WINDOW, end - start) if self.window is None else self.window,
+            needed=self.stability_patience + 1,
+            early=self.prune_when_stable,
+        )
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the job. Errors: ValueError that names the flag."""
@@ -206,16 +120,33 @@ class LaepConfig:
             )
         if self.plan is not None and (not isinstance(self.plan, str) or not self.plan):
             raise ValueError(f"--laep-plan must be the path of a file, got {self.plan!r}")
-        if not self.enabled:
+        self.stability_thresholds()
+        if self.enabled:
+            self._check_windows()
+        else:
             self._check_all_defaults()
-        elif self.window is not None and self.window > self.prune_iteration:
+        multiple, ranks = self.expert_multiple, self.expert_model_parallel_size
+        if multiple is not None and ranks is not None:
+            check_multiple(multiple, ranks)
+
+    def _check_windows(self) -> None:
+        if self.window is not None and self.window > self.prune_iteration:
             raise ValueError(
                 f"--laep-window {self.window} is longer than the {self.prune_iteration} iterations "
                 f"before pruning (--laep-prune-iteration): use at most {self.prune_iteration}"
             )
-        multiple, ranks = self.expert_multiple, self.expert_model_parallel_size
-        if multiple is not None and ranks is not None:
-            check_multiple(multiple, ranks)
+        leg = self.leg()
+        windows = len(leg.window_starts)
+        if windows < leg.needed and (self.prune_when_stable or self.require_stable):
+            flag = "prune_when_stable" if self.prune_when_stable else "require_stable"
+            longest = (leg.end - leg.start) // leg.needed
+            remedy = f"use --laep-window {longest} or less, or prune later"
+            raise ValueError(
+                f"{_flag(flag)} compares {leg.needed} windows (--laep-stability-patience "
+                f"{self.stability_patience}), but of windows of {leg.window} iterations "
+                f"(--laep-window) only {windows} fit before --laep-prune-iteration {leg.end}: "
+                f"{remedy if longest else 'prune later'}"
+            )
 
     def _check_all_defaults(self) -> None:
         """Without a prune iteration every other setting is dead: say so, instead of never
@@ -267,11 +198,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Prune after iteration N. Giving this flag switches LAEP on.",
     )
     group.add_argument(
+        "--laep-prune-when-stable",
+        action="store_true",
+        default=defaults.prune_when_stable,
+        help="Prune at the end of the first window (--laep-window) at which the loads are stable, "
+        "at the latest after iteration N.",
+    )
+    group.add_argument(
+        "--laep-require-stable",
+        action="store_true",
+        default=defaults.require_stable,
+        help="Do not prune if the loads are not stable after iteration N (default: warn and prune).",
+    )
+    group.add_argument(
         "--laep-window",
         type=int,
         metavar="W",
         default=defaults.window,
-        help="Decide on the tokens that the experts got in the last W iterations before pruning "
+        help="Decide on the tokens that the experts got in the last W iterations before pruning; "
+        "their stability is measured between such windows, of which one ends after iteration N "
         f"(default: {DEFAULT_WINDOW}, or N if that is smaller).",
     )
     group.add_argument(
@@ -335,4 +280,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Record the tokens of each expert every I iterations in SAVE/laep/, for the laep "
         "command; also in jobs that will not prune (default: no record).",
     )
+    for item in fields(StabilityThresholds):
+        group.add_argument(
+            _flag(f"stability_{item.name}"),
+            type=type(item.default),
+            metavar="K" if isinstance(item.default, int) else "X",
+            default=item.default,
+            help=f"Of what counts as stable: {item.metadata['help']}.",
+        )
     return parser

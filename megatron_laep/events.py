@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 _LOGGER = logging.getLogger("megatron_laep")
+_FRAME = "*" * 100
 
 
 def show_on_console() -> None:
@@ -45,6 +46,12 @@ def log_text(text: str) -> None:
     """Writes a text of several lines (a table) on rank 0, as it is."""
     if is_rank_0():
         _LOGGER.info("\n%s", text)
+
+
+def warn(text: str) -> None:
+    """Writes a text that nobody may overlook on rank 0, in a frame."""
+    if is_rank_0():
+        _LOGGER.warning("\n%s\nLAEP WARNING\n%s\n%s", _FRAME, text, _FRAME)
 
 
 @contextlib.contextmanager

@@ -15,14 +15,25 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megatron_laep import checkpoint, events, metrics, model_size, planning, validation
+from megatron_laep import (
+    checkpoint,
+    events,
+    metrics,
+    model_size,
+    planning,
+    resumption,
+    validation,
+)
+from megatron_laep.agreement import on_rank_0
 from megatron_laep.checkpoint import APPLIED, PENDING, Record
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.moe_layer import find_layers
 from megatron_laep.recording import Recording
-from megatron_laep.routing_stats import PruningWindow, RoutingStats
+from megatron_laep.routing_stats import OpenWindow, RoutingStats
+from megatron_laep.schedule import Verdict
 from megatron_laep.summary import summarize
+from megatron_laep.trigger import Trigger
 
 
 class Rebuild(BaseException):
@@ -59,11 +70,11 @@ class Job:
         self._committed = False
         self._record: Record | None = None
         self._source: Path | None = None
-        # Only weights are taken from the source: fine-tuning, a pretrained or a release checkpoint.
-        self._starts_over = False
         self._plan: ExpertMap | None = None
         self._stats: RoutingStats | None = None
-        self._window: PruningWindow | None = None
+        self._trigger: Trigger | None = None
+        # Iterations at which the job was to be pruned, and was not.
+        self._declined: tuple[int, ...] = ()
         self._recording: Recording | None = None
         self._log_start_LE: torch.Tensor | None = None
 
@@ -101,15 +112,18 @@ class Job:
         if self._source is None:
             # In Megatron's order: --pretrained-checkpoint counts only while --load has nothing.
             self._source = checkpoint.find_checkpoint(args.load, args)
+            # Whether only weights are taken from the source, and iterations count from 0 again.
+            starts_over = args.finetune
             if self._source is None:
                 self._source = checkpoint.find_checkpoint(args.pretrained_checkpoint, args)
-                self._starts_over = self._source is not None
+                starts_over = True
+            if self._source is not None and self._source.name == "release":
+                starts_over = True
             self._record = checkpoint.read_record(self._source)
-            self._starts_over |= self._source is not None and (
-                args.finetune or self._source.name == "release"
-            )
+            if self._record is not None and starts_over:
+                self._record = self._record.starting_over()
             in_another_format = self._source is not None and self._record is None
-            if in_another_format and self.config.enabled and not self._starts_over:
+            if in_another_format and self.config.enabled and not starts_over:
                 raise ValueError(
                     f"{self._source} is not in --ckpt-format torch_dist, so it cannot say which "
                     f"iterations --laep-prune-iteration {self.config.prune_iteration} would follow "
@@ -119,6 +133,7 @@ class Job:
         if self._record is not None:
             self.expert_map = self._record.expert_map
             self.map_state = self._record.map_state
+            self._declined = self._record.declined
         if rebuilt_hash is not None and (
             self.map_state != PENDING or self.expert_map.hash != rebuilt_hash
         ):
@@ -172,9 +187,7 @@ class Job:
             if self.config.plan is not None and not pruned:
                 # Read once: a file that changes while the job runs must not fail it at the pruning.
                 self._plan = validation.read_plan(args, self.config)
-            # Where only weights are taken over, iterations count from 0 again.
-            record = None if self._starts_over and not pruned else self._record
-            validation.check_start(record, self.config, self._source)
+            resumption.check_start(self._record, self.config, self._source)
         if self.config.record_interval is not None:
             validation.check_recording(args, self.config)
         if self.expert_map is not None:
@@ -228,7 +241,7 @@ class Job:
         """The checkpoint that Megatron loaded must be the one whose map the model was built for."""
         if self.expert_map is None:
             return
-        wanted = 0 if self._starts_over else self._record.iteration
+        wanted = self._record.iteration
         if iteration != wanted:
             raise ValueError(
                 f"the model was built for {self._source} at iteration {wanted}, but Megatron "
@@ -246,8 +259,8 @@ class Job:
             )
         self._stats = RoutingStats(find_layers(model))
         self._log_start_LE = self._stats.snapshot()
-        if self.config.enabled and self.expert_map is None:
-            self._begin_window(args.iteration)
+        if self.config.enabled:
+            self._begin_trigger(args)
         if self.config.record_interval is not None:
             self._recording = Recording(
                 self._stats,
@@ -258,15 +271,21 @@ class Job:
                 iteration=args.iteration,
             )
 
-    def _begin_window(self, iteration: int) -> None:
-        start = self.config.prune_iteration - self.config.resolved_window()
-        restored = None
-        if self._record is not None and self._record.window is not None:
-            if self._record.window.start == start and iteration > start:
-                restored = self._record.window
-        self._window = PruningWindow(self._stats, start, restored)
-        if iteration == start and not self._window.is_open:
-            self._window.open()
+    def _begin_trigger(self, args: Namespace) -> None:
+        """Counts towards the pruning, if it is still to come."""
+        leg, record, iteration = self.config.leg(), self._record, args.iteration
+        if leg.end in self._declined:
+            events.log("not_pruned", iteration=leg.end, reason="the loads were not stable then")
+        elif self.expert_map is None:
+            self._trigger = Trigger(
+                self._stats,
+                self.config,
+                leg,
+                Path(args.save) / "laep",
+                iteration=iteration,
+                ended=record.ended if record else (),
+                begun=record.window if record else None,
+            )
 
     def log_loads(
         self, iteration: int, args: Namespace, tensorboard: object, wandb: object
@@ -296,17 +315,19 @@ class Job:
     # -- pruning -------------------------------------------------------------------------------
 
     def end_iteration(self, iteration: int) -> bool:
-        """Opens and records windows when their time comes; True if it is time to prune.
+        """Begins and ends windows when their time comes; True if it is time to prune.
 
-        A collective where a recorded window ends.
+        A collective where a window ends.
         """
         if self._recording is not None:
             self._recording.end_iteration(iteration)
-        if self._window is None or self.expert_map is not None:
+        if self._trigger is None:
             return False
-        if iteration == self._window.start:
-            self._window.open()
-        return iteration == self.config.prune_iteration
+        verdict = self._trigger.end_iteration(iteration)
+        if verdict is Verdict.DECLINE:
+            self._trigger = None
+            self._declined = (*self._declined, iteration)
+        return verdict.prunes
 
     def end(self) -> None:
         """Before the job leaves the loop for a rebuild."""
@@ -315,10 +336,14 @@ class Job:
 
     def add_record(self, state_dict: dict, iteration: int) -> None:
         """Puts the record into a checkpoint that is about to be written. A collective."""
-        window = None
-        if self.expert_map is None and self._window is not None and self._window.is_open:
-            window = self._window.read(iteration)
-        record = Record(expert_map=self.expert_map, map_state=self.map_state, window=window)
+        ended, window = self._trigger.state(iteration) if self._trigger else ((), None)
+        record = Record(
+            expert_map=self.expert_map,
+            map_state=self.map_state,
+            window=window,
+            ended=ended,
+            declined=self._declined,
+        )
         state_dict[checkpoint.ENTRY] = record.to_entry()
         self._committed = self.committing
 
@@ -345,10 +370,7 @@ class Job:
             ValueError: on all ranks, if no plan can rest on the loads. An ordinary checkpoint of the
                 iteration has been written then.
         """
-        with events.timed(
-            "window_closed", iteration=iteration, window=self.config.resolved_window()
-        ):
-            window = self._window.read(iteration)
+        window = self._trigger.last_window
         try:
             with events.timed("planned", iteration=iteration):
                 expert_map = self._agree_on_plan(window.tokens_LE, iteration, args)
@@ -360,7 +382,8 @@ class Job:
                 f"{error}. Iteration {iteration} is saved unpruned in {args.save}: go on with a later "
                 "--laep-prune-iteration, or without the --laep flags"
             ) from error
-        self._report(expert_map, window.tokens_LE, model, args)
+        self._report(expert_map, window, model, args)
+        self._trigger = None
         self.expert_map, self.map_state, self.committing = expert_map, PENDING, True
         events.log(
             "commit_format",
@@ -382,16 +405,12 @@ class Job:
 
     def _agree_on_plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
         """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
-        outcome: list = [None, None]
-        if events.is_rank_0():
-            try:
-                outcome[0] = self._decide(tokens_LE, iteration, args).to_json()
-            except ValueError as error:
-                outcome[1] = str(error)
-        torch.distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise ValueError(f"pruning at iteration {iteration}: {outcome[1]}")
-        return ExpertMap.from_json(outcome[0])
+        try:
+            return ExpertMap.from_json(
+                on_rank_0(lambda: self._decide(tokens_LE, iteration, args).to_json())
+            )
+        except ValueError as error:
+            raise ValueError(f"pruning at iteration {iteration}: {error}") from None
 
     def _decide(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
         if self._plan is not None:
@@ -417,7 +436,7 @@ class Job:
             expert_parallel_size_after=self.config.expert_model_parallel_size or before,
         )
 
-    def _report(self, expert_map: ExpertMap, tokens_LE, model, args: Namespace) -> None:
+    def _report(self, expert_map: ExpertMap, window: OpenWindow, model, args: Namespace) -> None:
         """Prints the table and writes it beside the checkpoint, for people and tools. A collective."""
         size = model_size.measure(model, find_layers(model), expert_map, args)
         summary = summarize(
@@ -428,11 +447,11 @@ class Job:
             folder = Path(args.save) / "laep" / f"iter_{expert_map.iteration:07d}"
             loads = {
                 "iteration": expert_map.iteration,
-                "window": self.config.resolved_window(),
+                "window": window.end - window.start,
                 "top_k": args.moe_router_topk,
                 "expert_parallel_size": args.expert_model_parallel_size,
                 "layer_numbers": list(self._stats.layer_numbers),
-                "tokens": [list(tokens_E) for tokens_E in tokens_LE],
+                "tokens": [list(tokens_E) for tokens_E in window.tokens_LE],
             }
             checkpoint.write_json(folder / "map.json", expert_map.to_dict())
             checkpoint.write_json(folder / "loads.json", loads)

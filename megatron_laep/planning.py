@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
+from megatron_laep.alpha import AlphaSpec
+from megatron_laep.config import LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap, LayerMap
 from megatron_laep.placement import place
 from megatron_laep.pruning import checked_loads, experts_to_keep

@@ -15,7 +15,7 @@ from megatron_laep.moe_layer import LaepMoELayer
 
 @dataclass(frozen=True)
 class OpenWindow:
-    """Counts of a window that has begun, all ranks' tokens: what a checkpoint carries.
+    """Counts of a window that has begun, or ended, all ranks' tokens: what a checkpoint carries.
 
     Attributes:
         start: the window holds iterations ``start + 1`` to ``end``.
@@ -90,7 +90,7 @@ class RoutingStats:
 
 
 class PruningWindow:
-    """The window that the pruning is decided on: iterations ``start + 1`` to the pruning iteration.
+    """A window that a pruning may be decided on: iterations ``start + 1`` to its end (``trigger``).
 
     It survives a restart: a save inside the window stores what was counted so far, for all ranks
     together, and a relaunch, also with another number of ranks, adds to that.

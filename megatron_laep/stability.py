@@ -47,12 +47,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
-from megatron_laep.config import AlphaSpec
+from megatron_laep.alpha import AlphaSpec
 from megatron_laep.pruning import checked_loads, exact_decimal, experts_to_prune
+
+
+def _threshold(default: float, meaning: str) -> Any:
+    """A field that says what it is to whoever makes a flag of it."""
+    return field(default=default, metadata={"help": f"{meaning} (default: {default:g})"})
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,15 @@ class StabilityThresholds:
     patience: comparisons in a row, at least 1; so patience + 1 windows are needed.
     """
 
-    rank_correlation: float = 0.6
-    churn: float = 0.3
-    load_change: float = 0.25
-    share: float = 1.0
-    patience: int = 3
+    rank_correlation: float = _threshold(
+        0.6, "at least this rank correlation between consecutive windows"
+    )
+    churn: float = _threshold(0.3, "at most this Jaccard distance of the sets that would be pruned")
+    load_change: float = _threshold(
+        0.25, "at most this share of the tokens may have gone elsewhere"
+    )
+    share: float = _threshold(1.0, "share of the layers that must be stable")
+    patience: int = _threshold(3, "comparisons in a row that must pass")
 
     def __post_init__(self) -> None:
         lows = {"rank_correlation": -1.0, "churn": 0.0, "load_change": 0.0, "share": 0.0}

@@ -11,8 +11,9 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep import planning
+from megatron_laep.alpha import AlphaSpec
 from megatron_laep.checkpoint import Record
-from megatron_laep.config import AlphaSpec, LaepConfig, check_multiple
+from megatron_laep.config import LaepConfig, check_multiple
 from megatron_laep.expert_map import ExpertMap
 
 
@@ -252,11 +253,15 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
         ),
         (
             args.profile
-            and args.profile_step_start <= config.prune_iteration < args.profile_step_end
-            and in_job,
+            and in_job
+            and any(
+                args.profile_step_start <= iteration < args.profile_step_end
+                for iteration in config.leg().possible_ends
+            ),
             f"--profile from iteration {args.profile_step_start} to {args.profile_step_end}",
-            "a profiler's window cannot span the rebuild; end it before --laep-prune-iteration "
-            f"{config.prune_iteration}, or start it after",
+            "a profiler's window cannot span the rebuild, which may come after iteration "
+            f"{config.leg().possible_ends[0]} (--laep-prune-iteration {config.prune_iteration}); end "
+            "it before, or start it after",
         ),
         (
             args.inprocess_restart and in_job,
@@ -282,8 +287,9 @@ def _check_iterations(args: Namespace, config: LaepConfig) -> None:
             f"({last} iterations, from {flag}): the pruned model would never be trained; prune at "
             f"{last - 1} or before, or train longer"
         )
-    start = config.prune_iteration - config.resolved_window()
-    for iteration, meaning in ((start, "the window begins"), (config.prune_iteration, "pruning")):
+    leg = config.leg()
+    boundaries = [(start, "a window begins") for start in leg.window_starts]
+    for iteration, meaning in (*boundaries, (leg.end, "pruning")):
         if iteration in args.iterations_to_skip:
             raise ValueError(
                 f"--iterations-to-skip skips iteration {iteration}, after which comes {meaning}; "
@@ -397,41 +403,6 @@ def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
     except ValueError as error:
         raise ValueError(f"--laep-plan {path}: {error}") from error
     return expert_map
-
-
-def check_start(record: Record | None, config: LaepConfig, where: object) -> None:
-    """Whether the job can go on from its checkpoint the way its flags say.
-
-    Args:
-        record: of the checkpoint that will be loaded; None for a start from scratch.
-        config: the LAEP settings, ``config.enabled``.
-        where: the checkpoint, for messages.
-    """
-    if record is None:
-        return
-    if record.expert_map is not None:
-        if record.expert_map.iteration != config.prune_iteration:
-            raise ValueError(
-                f"{where} was pruned at iteration {record.expert_map.iteration}, but "
-                f"--laep-prune-iteration is {config.prune_iteration}; a second pruning is not "
-                f"supported: give --laep-prune-iteration {record.expert_map.iteration} to go on"
-            )
-        return
-    if record.iteration >= config.prune_iteration:
-        raise ValueError(
-            f"{where} is at iteration {record.iteration} and was not pruned, but "
-            f"--laep-prune-iteration {config.prune_iteration} is past; choose a later iteration, "
-            "or start from an earlier checkpoint with --ckpt-step"
-        )
-    start = config.prune_iteration - config.resolved_window()
-    if record.iteration > start and (record.window is None or record.window.start != start):
-        held = "no counts" if record.window is None else f"counts from {record.window.start + 1} on"
-        raise ValueError(
-            f"the window of --laep-prune-iteration {config.prune_iteration} and --laep-window "
-            f"{config.resolved_window()} begins at iteration {start + 1}, but {where} is at "
-            f"iteration {record.iteration} and has {held}; use --laep-window "
-            f"{config.prune_iteration - record.iteration} or less, or prune later"
-        )
 
 
 def check_model(record: Record, args: Namespace, where: object) -> None:

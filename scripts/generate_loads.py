@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_laep.config import AlphaSpec
+from megatron_laep.alpha import AlphaSpec
 from megatron_laep.pruning import experts_to_keep
 
 DISPERSIONS = np.round(np.arange(0.05, 8.0, 0.05), 2)

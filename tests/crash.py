@@ -25,27 +25,35 @@ def _after(function):
     return then_die
 
 
-if __name__ == "__main__":
-    cpu.enable()
+def arrange(point: str, iteration: int | None = None) -> None:
+    """Lets this process die at the point; where Megatron is.
+
+    iteration: of the save, or of the pruning; None is the first pruning.
+    """
     from megatron.core import dist_checkpointing
     from megatron.training import training as loop
 
     from megatron_laep import training
-    from megatron_laep.__main__ import main
     from megatron_laep.job import Job
 
-    point = os.environ["CRASH_AT"]
+    prune, save = Job.prune, dist_checkpointing.save
     if point == "before the checkpoint is complete":
         # Every tensor is written; the tracker file still names the checkpoint before.
-        prune, save = Job.prune, dist_checkpointing.save
-
-        def prune_and_die_in_save(self, *args, **kwargs):
-            dist_checkpointing.save = _after(save)
-            return prune(self, *args, **kwargs)
+        def prune_and_die_in_save(self, now, *args, **kwargs):
+            if iteration in (None, now):
+                dist_checkpointing.save = _after(save)
+            return prune(self, now, *args, **kwargs)
 
         Job.prune = prune_and_die_in_save
     elif point == "after the checkpoint is complete":
-        Job.prune = _after(Job.prune)
+
+        def prune_and_die(self, now, *args, **kwargs):
+            should_exit = prune(self, now, *args, **kwargs)
+            if iteration in (None, now):
+                _die()
+            return should_exit
+
+        Job.prune = prune_and_die
     elif point == "during the rebuild":
         # The groups are new, the smaller model is about to be built.
         training.set_layer_counts = _die
@@ -53,13 +61,22 @@ if __name__ == "__main__":
         # Looked up by name in Megatron's module, so the save that Job.prune asks for passes by here as well.
         save_and_time = loop.save_checkpoint_and_time
 
-        def save_and_die(iteration, *args, **kwargs):
-            save_and_time(iteration, *args, **kwargs)
-            if iteration == int(os.environ["CRASH_ITERATION"]):
+        def save_and_die(now, *args, **kwargs):
+            save_and_time(now, *args, **kwargs)
+            if now == iteration:
                 _die()
 
         loop.save_checkpoint_and_time = save_and_die
     else:
         raise ValueError(f"CRASH_AT {point!r}: no such point")
+
+
+if __name__ == "__main__":
+    cpu.enable()
+    from megatron_laep.__main__ import main
+
+    point = os.environ["CRASH_AT"]
+    save = point == "after the first ordinary save"
+    arrange(point, int(os.environ["CRASH_ITERATION"]) if save else None)
     sys.argv[0] = "megatron_laep"
     main()

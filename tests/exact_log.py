@@ -31,7 +31,8 @@ def _hex(number: Any) -> str:
     return float(number).hex()
 
 
-def _wrap(training: ModuleType) -> None:
+def wrap(training: ModuleType) -> None:
+    """Logs what ``training_log`` of Megatron's training module gets."""
     training_log = training.training_log
 
     @functools.wraps(training_log)
@@ -81,7 +82,7 @@ class _TrainingFinder(importlib.abc.MetaPathFinder):
 
             def exec_and_wrap(module: ModuleType) -> None:
                 exec_module(module)
-                _wrap(module)
+                wrap(module)
                 _start_result_queue()
 
             spec.loader.exec_module = exec_and_wrap

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep import decision_log
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.load_recorder import LoadLogHeader, LoadLogWriter
 from megatron_laep.planning import make_expert_map
+from megatron_laep.schedule import Verdict
+from megatron_laep.stability import StabilityThresholds, decide
 from megatron_laep.summary import ModelSize, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +28,7 @@ RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"
 PRUNE_ITERATION = 375
 LAST_ITERATION = 500
 LOG_INTERVAL = 5
+THRESHOLDS = StabilityThresholds(rank_correlation=0.5, patience=2)
 # 4 layers, hidden 128, experts of 128 with SwiGLU: 3 * 128 * 128; 16 bytes a parameter and rank.
 SIZE = ModelSize(49_152, 428_672, 16.0)
 
@@ -140,6 +144,24 @@ def write_logs(
             writer.append(end - ends[0] + 1, end, rows, expert_parallel_size=2)
 
 
+def write_decision(folder: Path, ends: list[int], windows: list[np.ndarray], alpha: str) -> None:
+    """What the job decides at its pruning, on four windows of 100 iterations."""
+    last = ends.index(PRUNE_ITERATION) + 1
+    hundreds = [sum(windows[end - 4 : end]) for end in range(last - 12, last + 1, 4) if end >= 4]
+    decision = decide(
+        hundreds,
+        (1, 2, 3, 4),
+        iteration=PRUNE_ITERATION,
+        alpha=alpha,
+        beta=0.1,
+        thresholds=THRESHOLDS,
+    )
+    verdict = Verdict.PRUNE if decision.stable else Verdict.PRUNE_UNSTABLE
+    decision_log.append(
+        folder / "laep" / decision_log.NAME, {**decision.to_dict(), "verdict": verdict}
+    )
+
+
 def make_run(folder: Path, *, history: bool = True, log: bool = True) -> Path:
     """A run that was pruned after iteration 375 of 500, on the four windows before."""
     data = recorded()
@@ -157,6 +179,8 @@ def make_run(folder: Path, *, history: bool = True, log: bool = True) -> Path:
         expert_parallel_size_after=2,
     )
     write_pruning(folder, expert_map, tokens_LE)
+    if history:
+        write_decision(folder, ends, windows, expert_map.alpha)
     if history:
         write_logs(folder, expert_map, ends, windows)
     if log:

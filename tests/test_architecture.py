@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
 PURE = (
+    "alpha",
     "config",
     "expert_map",
     "load_log",
@@ -17,6 +18,8 @@ PURE = (
     "placement",
     "planning",
     "pruning",
+    "decision_log",
+    "schedule",
     "stability",
     "summary",
     "cost_inputs",

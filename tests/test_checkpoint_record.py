@@ -216,11 +216,11 @@ def test_other_checkpoints_have_no_map(tmp_path):
 
 def test_a_record_of_a_later_version(tmp_path):
     path = str(tmp_path / "saved")
-    entry = {"version": 2, "expert_map": None, "map_state": None, "window": None}
+    entry = {"version": 3, "expert_map": None, "map_state": None, "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
     assert outcome.error == "ValueError"
-    for text in (path, "version 2", "reads version 1", "use the megatron_laep that wrote"):
+    for text in (path, "version 3", "reads version 2", "use the megatron_laep that wrote"):
         assert text in outcome.message
 
 
@@ -228,7 +228,7 @@ def test_a_record_whose_map_was_changed(tmp_path):
     path = str(tmp_path / "saved")
     changed = MAP.replace("[5, 1, 0, 4]", "[5, 1, 0, 3]").replace("[5,1,0,4]", "[5,1,0,3]")
     assert changed != MAP
-    entry = {"version": 1, "expert_map": changed, "map_state": "pending", "window": None}
+    entry = {"version": 2, "expert_map": changed, "map_state": "pending", "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
     assert outcome.error == "ValueError"

@@ -1,4 +1,4 @@
-"""Flags, their value, and the alpha specification."""
+"""Flags and their value."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from megatron_laep.config import AlphaSpec, LaepConfig, add_arguments, check_multiple
+from megatron_laep.config import LaepConfig, add_arguments, check_multiple
+from megatron_laep.stability import StabilityThresholds
 
 
 def parse(*flags: str) -> LaepConfig:
@@ -26,6 +27,9 @@ def test_all_flags_arrive():
         *("--laep-beta", "0.05", "--laep-expert-multiple", "8", "--laep-placement", "none"),
         *("--laep-expert-model-parallel-size", "4", "--laep-plan", "plan.json"),
         *("--laep-exit-after-prune", "--laep-record-interval", "25"),
+        *("--laep-prune-when-stable", "--laep-require-stable", "--laep-stability-patience", "2"),
+        *("--laep-stability-rank-correlation", "-0.5", "--laep-stability-churn", "0.1"),
+        *("--laep-stability-load-change", "0.2", "--laep-stability-share", "0.9"),
     )
     assert config == LaepConfig(
         prune_iteration=2000,
@@ -38,6 +42,13 @@ def test_all_flags_arrive():
         plan="plan.json",
         exit_after_prune=True,
         record_interval=25,
+        prune_when_stable=True,
+        require_stable=True,
+        stability_rank_correlation=-0.5,
+        stability_churn=0.1,
+        stability_load_change=0.2,
+        stability_share=0.9,
+        stability_patience=2,
     )
     assert config.enabled
     config.validate()
@@ -68,12 +79,41 @@ def test_arguments_of_a_parser_without_our_flags():
     [(2000, None, 100), (100, None, 100), (99, None, 99), (1, None, 1), (2000, 500, 500)],
 )
 def test_window(prune_iteration, window, expected):
-    assert LaepConfig(prune_iteration=prune_iteration, window=window).resolved_window() == expected
+    leg = LaepConfig(prune_iteration=prune_iteration, window=window).leg()
+    assert (leg.start, leg.end, leg.window) == (0, prune_iteration, expected)
 
 
-def test_window_needs_pruning():
-    with pytest.raises(ValueError, match="--laep-prune-iteration"):
-        LaepConfig().resolved_window()
+def test_stability_settings():
+    config = LaepConfig(prune_iteration=1000, stability_patience=2, stability_churn=0.5)
+    assert config.stability_thresholds() == StabilityThresholds(patience=2, churn=0.5)
+    assert (config.leg().needed, config.leg().early) == (3, False)
+    assert LaepConfig(prune_iteration=1000, prune_when_stable=True).leg().early
+    assert LaepConfig().stability_thresholds() == StabilityThresholds()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"prune_iteration": 399, "prune_when_stable": True},
+            "--laep-prune-when-stable compares 4 windows .*patience 3.*windows of 100 .*only 3 fit "
+            "before --laep-prune-iteration 399: use --laep-window 99 or less, or prune later",
+        ),
+        (
+            {"prune_iteration": 8, "window": 3, "require_stable": True, "stability_patience": 2},
+            "--laep-require-stable compares 3 windows .* only 2 fit .* --laep-window 2 or less",
+        ),
+        (
+            {"prune_iteration": 3, "require_stable": True},
+            "--laep-require-stable .* only 1 fit before --laep-prune-iteration 3: prune later",
+        ),
+    ],
+)
+def test_too_few_windows_to_tell(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LaepConfig(**settings).validate()
+    # Without a flag that asks for stable loads, the job says so when it prunes.
+    LaepConfig(**settings | {"prune_when_stable": False, "require_stable": False}).validate()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +143,10 @@ def test_window_needs_pruning():
         ),
         ({"plan": ""}, "--laep-plan must be the path of a file, got ''"),
         ({"plan": 3}, "--laep-plan .* got 3"),
+        ({"stability_churn": 2.0}, "--laep-stability-churn: .* within 0 and 1, got 2.0"),
+        ({"stability_rank_correlation": math.nan}, "--laep-stability-rank-correlation: .* got nan"),
+        ({"stability_share": 0.0}, "--laep-stability-share: .* must be above 0"),
+        ({"stability_patience": 0}, "--laep-stability-patience: .* at least 1, got 0"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -123,6 +167,9 @@ def test_both_ends_of_beta_are_allowed(beta):
         ({"beta": 0.2}, "--laep-beta"),
         ({"plan": "plan.json"}, "--laep-plan"),
         ({"exit_after_prune": True}, "--laep-exit-after-prune"),
+        ({"prune_when_stable": True}, "--laep-prune-when-stable"),
+        ({"require_stable": True}, "--laep-require-stable"),
+        ({"stability_share": 0.5}, "--laep-stability-share"),
     ],
 )
 def test_settings_that_would_do_nothing(settings, flag):
@@ -137,78 +184,3 @@ def test_multiple_of_the_expert_parallel_size():
         ValueError, match="--laep-expert-multiple 2 .* expert-model-parallel-size 4"
     ):
         check_multiple(2, 4)
-
-
-class TestAlphaSpec:
-    def test_one_number(self):
-        spec = AlphaSpec.parse("0.4")
-        assert [spec.for_layer(n) for n in (1, 50, 10**6)] == [0.4] * 3
-        spec.check_layers([1, 2, 3])
-
-    def test_infinity_and_zero(self):
-        assert AlphaSpec.parse("inf").for_layer(1) == math.inf
-        assert AlphaSpec.parse("0").for_layer(1) == 0.0
-        assert AlphaSpec.parse("inf:1-2,0.4:3").for_layer(2) == math.inf
-
-    def test_ranges_include_both_ends(self):
-        spec = AlphaSpec.parse("0.2:1-10,0.4:11-93,0.3:94-103")
-        expected = {1: 0.2, 10: 0.2, 11: 0.4, 93: 0.4, 94: 0.3, 103: 0.3}
-        assert {n: spec.for_layer(n) for n in expected} == expected
-        spec.check_layers(range(1, 104))
-        spec.check_layers(range(1, 104), num_layers=103)
-
-    def test_order_spaces_and_single_layers(self):
-        spec = AlphaSpec.parse(" 0.4 : 2 - 3 , 0.2:1")
-        assert [spec.for_layer(n) for n in (1, 2, 3)] == [0.2, 0.4, 0.4]
-
-    def test_dense_layers_inside_a_range_are_fine(self):
-        # layers 1, 3 and 5 are dense; 5 is the last layer of the model
-        AlphaSpec.parse("0.2:1-2,0.4:3-5").check_layers([2, 4], num_layers=5)
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("", "'' is not a number"),
-            ("abc", "'abc' is not a number"),
-            ("0.4:", "is not of the form ALPHA:FIRST-LAST"),
-            ("0.4:1-", "is not of the form"),
-            ("0.4:-3", "is not of the form"),
-            ("0.4:a-b", "'0.4:a-b' is not of the form"),
-            ("0.4:1-2-3", "is not of the form"),
-            ("0.4:1_0-20", "is not of the form"),
-            ("0.4:1-2,", "'' is not of the form"),
-            ("0.4:1-2,0.3", "'0.3' is not of the form"),
-            (":1-2", "'' is not a number"),
-            ("x:1-2", "'x' is not a number"),
-            ("-0.4:1-2", "alpha must be a number >= 0 or inf, got -0.4"),
-            ("nan:1-2", "got nan"),
-            ("-inf", "got -inf"),
-            ("0.4:0-2", "layers count from 1"),
-            ("0.4:5-3", "'0.4:5-3' is reversed; write 3-5"),
-            ("0.4:1-5,0.2:5-9", "0.4:1-5 and 0.2:5-9 both name layer 5"),
-            ("0.4:1-9,0.2:3-4", "0.4:1-9 and 0.2:3-4 both name layer 3"),
-            ("0.4:1-2,0.4:1-2", "both name layer 1"),
-        ],
-    )
-    def test_junk(self, text, message):
-        with pytest.raises(ValueError, match=message) as caught:
-            AlphaSpec.parse(text)
-        assert "--laep-alpha" in str(caught.value)
-
-    def test_layer_beyond_the_model(self):
-        spec = AlphaSpec.parse("0.4:1-5")
-        with pytest.raises(
-            ValueError, match="--laep-alpha range 0.4:1-5 names layer 5, .* 4 layers"
-        ):
-            spec.check_layers([1, 2, 3, 4])
-        with pytest.raises(ValueError, match="names layer 5"):
-            spec.check_layers([2], num_layers=4)
-
-    def test_layer_without_a_range(self):
-        spec = AlphaSpec.parse("0.4:1-2,0.2:5-6")
-        with pytest.raises(ValueError, match="no range for MoE layer 3.*add 3 to a range"):
-            spec.check_layers(range(1, 7))
-
-    def test_a_huge_range_is_answered_at_once(self):
-        with pytest.raises(ValueError, match="names layer 1000000000000"):
-            AlphaSpec.parse("0.4:1-1000000000000").check_layers([1, 2])

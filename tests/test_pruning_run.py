@@ -112,6 +112,10 @@ def test_what_the_user_sees(run) -> None:
     for event in ("window_closed", "planned", "committed", "tear_down", "load_through_map", "load"):
         assert f"laep event={event} " in log
     assert "busiest rank" in log and "memory freed per rank" in log
+    assert (
+        "LAEP WARNING\nIt is not known whether the loads are stable: 1 of the 4 windows of 4 iterations "
+        "that this takes were counted before iteration 6.\nThe model is PRUNED ALL THE SAME"
+    ) in log
     files = run.folder / "laep" / f"iter_{PRUNE:07d}"
     table = json.loads((files / "table.json").read_text())
     loads = json.loads((files / "loads.json").read_text())

@@ -4,6 +4,7 @@ The run is composed by tests/report_run.py from recorded loads. The browser test
 chromium (or another Chromium of that name, or google-chrome) and are skipped where there is none.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import report_run
 from report_run import PRUNE_ITERATION, make_run
 
-from megatron_laep import load_log
+from megatron_laep import decision_log, load_log
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.load_recorder import LoadLogHeader, LoadLogWriter
 from megatron_laep.stability import StabilityThresholds, compare
@@ -93,6 +94,37 @@ class TestTracedToFiles:
         (across,) = [change for change in stability["changes"] if change["from"] == PRUNE_ITERATION]
         assert across["churn"] is None
         assert across["rank_correlation"]["worst"] > 0.9
+
+    def test_thresholds_and_decisions_are_the_job_s_own(self, page, run_dir):
+        data = embedded(page)
+        (written,) = decision_log.read(run_dir / "laep" / decision_log.NAME)
+        assert data["decisions"] == [
+            {
+                "iteration": PRUNE_ITERATION,
+                "verdict": written["verdict"],
+                "stable_layers": written["stable_layers"],
+                "layers_needed": 4,
+                "layers": 4,
+                "row": "laep/stability.jsonl, row 1",
+            }
+        ]
+        assert data["stability"]["thresholds"] == dataclasses.asdict(report_run.THRESHOLDS)
+        assert "thresholds (0.5, 0.3, 0.25, from laep/stability.jsonl, row 1)" in page
+        assert "when 2 comparisons in a row are within them" in page
+
+    def test_thresholds_of_a_job_that_decided_nothing_yet(self, tmp_path):
+        run = make_run(tmp_path)
+        (run / "laep" / decision_log.NAME).unlink()
+        assert report_data.gather(run)["stability"]["thresholds"] == dataclasses.asdict(
+            StabilityThresholds()
+        )
+        arguments = dataclasses.asdict(report_run.THRESHOLDS)
+        text = "".join(f"  laep_stability_{name} .... {x}\n" for name, x in arguments.items())
+        log = run / "train.log"
+        log.write_text(log.read_text().replace("  laep_alpha", f"{text}  laep_alpha", 1))
+        stability = report_data.gather(run)["stability"]
+        assert stability["thresholds"] == arguments
+        assert stability["thresholds_source"] == "the arguments in the training log"
 
     def test_pruning_and_table(self, page, run_dir):
         (pruning,) = embedded(page)["prunings"]
@@ -244,6 +276,10 @@ REFUSED = {
     "text in the table": (
         lambda d: edit(d / FOLDER / "table.json", lambda x: x.update(parameters_before="many")),
         "table.json: parameters_before must be a number, got 'many'",
+    ),
+    "a decision without its verdict": (
+        lambda d: (d / "laep" / "stability.jsonl").write_text('{"iteration": 375}'),
+        "stability.jsonl, row 1: it lacks verdict, stable_layers, layers",
     ),
     "edited map": (
         lambda d: edit(d / FOLDER / "map.json", lambda x: x.update(beta=0.2)),
@@ -401,7 +437,9 @@ class TestInBrowser:
         assert 'data-figures="6"' in dom
         assert "data-error" not in dom
         assert len(re.findall(r'<svg[^>]*class="main-svg"', dom)) >= 6
-        assert dom.count("pruned after 375</text>") >= 3  # run, loads, stability
+        assert dom.count("pruned after 375</text>") >= 2  # run, loads
+        stable = embedded(page)["decisions"][0]["stable_layers"]
+        assert f"pruned after 375, {stable} of 4 layers stable</text>" in dom
         # Plotly has a button that sends the data to its makers; there are these, and no other.
         buttons = set(re.findall(r'class="modebar-btn[^>]*data-title="([^"]*)"', dom))
         assert buttons == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}

@@ -377,7 +377,7 @@ class TestSweep:
 class TestStability:
     def test_the_recorded_run(self):
         text = product("stability", RECORDED)
-        assert "first stable at iteration 150" in text
+        assert "first stable at iteration 150\n(a job with --laep-prune-when-stable" in text
         assert "0.594 (layer 3)" in text
         assert "layer 3: not stable: rank correlation 0.594" not in text
         text = product("stability", RECORDED, "--layers")
@@ -390,7 +390,7 @@ class TestStability:
 
     def test_never(self):
         text = product("stability", RECORDED, "--rank-correlation", "0.99")
-        assert "never stable up to iteration 500" in text
+        assert "never stable up to iteration 500\n(a job with --laep-require-stable" in text
         arguments = ("--json", "--until", "100")
         assert json.loads(product("stability", RECORDED, *arguments))["stable_at_iteration"] is None
 

@@ -13,16 +13,19 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_laep.config import AlphaSpec, LaepConfig
+from megatron_laep import decision_log
+from megatron_laep.alpha import AlphaSpec
+from megatron_laep.config import LaepConfig
 from megatron_laep.placement import rank_loads
 from megatron_laep.stability import Comparison, StabilityThresholds, compare
 from megatron_laep.tools.load_history import LoadHistory, Window, original_ids, read_history
-from megatron_laep.tools.run_files import LOG_NAME, Pruning, read_log, read_prunings
+from megatron_laep.tools.run_files import LOG_NAME, Pruning, read_decisions, read_log, read_prunings
 from megatron_laep.training_log import TrainingLog, mean_between, median_milliseconds
 
 # Means over so many iterations on either side of a pruning, as in scripts/summarize_run.py.
@@ -55,6 +58,7 @@ def gather(run_dir: Path, *, log_path: Path | None = None, loads_path: Path | No
         raise ValueError(f"{run_dir} is no folder: give the folder of a run (--save)")
     prunings = read_prunings(run_dir)
     log = read_log(run_dir, log_path)
+    decisions = read_decisions(run_dir)
     maps = [pruning.expert_map for pruning in prunings]
     history = read_history(run_dir, maps, loads_path)
     if not prunings and log is None and history is None:
@@ -70,7 +74,20 @@ def gather(run_dir: Path, *, log_path: Path | None = None, loads_path: Path | No
             for position, pruning in enumerate(prunings)
         ],
         "history": _history_data(history, prunings),
-        "stability": None if history is None else _stability_data(history, prunings, log),
+        "stability": None
+        if history is None
+        else _stability_data(history, prunings, log, _thresholds(decisions, log)),
+        "decisions": [
+            {
+                "iteration": decision["iteration"],
+                "verdict": decision["verdict"],
+                "stable_layers": decision["stable_layers"],
+                "layers_needed": decision["layers_needed"],
+                "layers": len(decision["layers"]),
+                "row": f"laep/{decision_log.NAME}, row {decision['row']}",
+            }
+            for decision in decisions
+        ],
         "log": None if log is None else _log_data(log, log_name, prunings),
         "settings": None if log is None else _settings(log, log_name),
     }
@@ -212,13 +229,16 @@ def _shown_windows(history: LoadHistory) -> list[Window]:
 
 
 def _stability_data(
-    history: LoadHistory, prunings: Sequence[Pruning], log: TrainingLog | None
+    history: LoadHistory,
+    prunings: Sequence[Pruning],
+    log: TrainingLog | None,
+    thresholds_and_source: tuple[StabilityThresholds, str],
 ) -> dict:
     """Each recorded window against the one before it: of all windows, not only of those that the
     heat map shows."""
     alpha, beta, rules_source = _rules(prunings, log)
     spec = AlphaSpec.parse(alpha)
-    thresholds = StabilityThresholds()
+    thresholds, thresholds_source = thresholds_and_source
     changes = []
     pairs = list(pairwise(history.windows))
     for before, now in tqdm(pairs, desc="stability", delay=2, disable=None, file=sys.stderr):
@@ -243,7 +263,8 @@ def _stability_data(
     return {
         "source": "; ".join(f"{source}: tokens" for source in history.sources),
         "rules": [alpha, beta, rules_source],
-        "thresholds": {name: getattr(thresholds, name) for name in MEASURES},
+        "thresholds": asdict(thresholds),
+        "thresholds_source": thresholds_source,
         "changes": changes,
     }
 
@@ -267,6 +288,26 @@ def _over_layers(
     result["layers_within"] = sum(x.passed for x in layers) if same_model else None
     result["layers"] = len(layers)
     return result
+
+
+def _thresholds(
+    decisions: Sequence[dict], log: TrainingLog | None
+) -> tuple[StabilityThresholds, str]:
+    """The run's own thresholds, and where they are from."""
+    if decisions:
+        row = decisions[-1]["row"]
+        return (
+            StabilityThresholds(**decisions[-1]["thresholds"]),
+            f"laep/{decision_log.NAME}, row {row}",
+        )
+    arguments = {} if log is None else log.arguments
+    flags = {f"laep_stability_{field.name}": field for field in fields(StabilityThresholds)}
+    if set(flags) <= set(arguments):
+        values = {
+            field.name: type(field.default)(arguments[flag][0]) for flag, field in flags.items()
+        }
+        return StabilityThresholds(**values), "the arguments in the training log"
+    return StabilityThresholds(), "the defaults of --laep-stability-..."
 
 
 def _rules(prunings: Sequence[Pruning], log: TrainingLog | None) -> tuple[str, float, str]:

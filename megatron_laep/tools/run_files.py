@@ -16,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep import decision_log
 from megatron_laep.expert_map import ExpertMap, compose
 from megatron_laep.pruning import checked_loads
+from megatron_laep.stability import StabilityThresholds
 from megatron_laep.summary import LayerRow, PruningSummary
 from megatron_laep.training_log import TrainingLog, parse_log
 
 LOG_NAME = "train.log"
+_DECISION_FIELDS = ("verdict", "stable_layers", "layers", "layers_needed", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,22 @@ def _check_numbers(values: dict, kind: type, where: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{where}{field.name} must be a number, got {value!r}")
+
+
+def read_decisions(run_dir: Path) -> list[dict]:
+    """What the job decided on stability; [] if it did not. ValueError that names the file."""
+    path = run_dir / "laep" / decision_log.NAME
+    decisions = decision_log.read(path)
+    for decision in decisions:
+        where = f"{path}, row {decision['row']}"
+        missing = [name for name in _DECISION_FIELDS if name not in decision]
+        if missing:
+            raise ValueError(f"{where}: it lacks {', '.join(missing)}: the file was edited")
+        try:
+            StabilityThresholds(**decision["thresholds"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: thresholds: {error}") from None
+    return decisions
 
 
 def read_log(run_dir: Path, given: Path | None) -> TrainingLog | None:

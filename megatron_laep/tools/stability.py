@@ -11,14 +11,6 @@ from megatron_laep.load_log import LoadLog
 from megatron_laep.stability import StabilityDecision, StabilityThresholds, decide
 from megatron_laep.tools import options
 
-_HELP = {
-    "rank_correlation": "at least this rank correlation between consecutive windows",
-    "churn": "at most this Jaccard distance of the sets that would be pruned",
-    "load_change": "at most this share of the tokens may have gone elsewhere",
-    "share": "share of the layers that must be stable",
-    "patience": "comparisons in a row that must pass",
-}
-
 
 def decisions(
     log: LoadLog, *, alpha: str, beta: float, thresholds: StabilityThresholds
@@ -53,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             type=type(field.default),
             default=field.default,
             metavar="N" if isinstance(field.default, int) else "X",
-            help=f"{_HELP[field.name]} (default: {field.default})",
+            help=field.metadata["help"],
         )
     parser.add_argument(
         "--layers", action="store_true", help="also print each layer's reason, window by window"
@@ -82,11 +74,15 @@ def run(args: argparse.Namespace) -> int:
     print(format_table(found))
     if args.layers:
         print("\n" + "\n".join(decision.format() for decision in found))
+    lengths = set((log.last_iterations - log.first_iterations + 1).tolist())
+    window = f" --laep-window {lengths.pop()}" if len(lengths) == 1 else ""
     print()
     if first is None:
         print(f"the loads are never stable up to iteration {found[-1].iteration}")
+        print(f"(a job with --laep-require-stable{window} would not have been pruned)")
     else:
         print(f"first stable at iteration {first}")
+        print(f"(a job with --laep-prune-when-stable{window} would prune there)")
     return 0
 
 

@@ -344,11 +344,30 @@
 
   // -- stability -------------------------------------------------------------------------------
 
+  // What the job said of the loads at a pruning, and where it did not prune since they were not stable.
+  function addVerdicts(extra) {
+    for (const decision of data.decisions) {
+      const stable = `${decision.stable_layers} of ${decision.layers} layers stable`;
+      const pruned = prunedAt.indexOf(decision.iteration);
+      if (pruned >= 0) extra.annotations[pruned].text += ", " + stable;
+      if (decision.verdict !== "do not prune") continue;
+      extra.shapes.push({
+        type: "line", xref: "x", yref: "paper", x0: decision.iteration, x1: decision.iteration, y0: 0, y1: 1,
+        line: { color: colour("muted"), width: 2, dash: "dash" },
+      });
+      extra.annotations.push({
+        xref: "x", yref: "paper", x: decision.iteration, y: 1, yanchor: "bottom", showarrow: false,
+        text: `not pruned after ${decision.iteration}, ${stable}`, font: { color: colour("muted") },
+      });
+    }
+  }
+
   if (data.stability) {
     const changes = data.stability.changes;
     const measures = [["rank_correlation", "rank correlation", "before"], ["churn", "churn", "after"], ["load_change", "load change", "third"]];
     figure("fig-stability", () => {
       const extra = Object.assign({ xaxis: axis({ title: { text: "last iteration of the later window" }, anchor: "y3", domain: [0, 1] }) }, pruningMarks());
+      addVerdicts(extra);
       const traces = [];
       measures.forEach(([key, name, shade], i) => {
         const suffix = i ? String(i + 1) : "";

@@ -50,6 +50,8 @@ def write_checkpoints(checkpoints: dict[str, dict]) -> None:
                 expert_map=plan and ExpertMap.from_json(plan),
                 map_state=content["map_state"],
                 window=window and OpenWindow(**window),
+                ended=tuple(OpenWindow(**ended) for ended in content.get("ended", ())),
+                declined=content.get("declined", ()),
             ).to_entry()
         dist_checkpointing.save(state, str(path))
 
@@ -66,6 +68,13 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         "foreign": {"iteration": 7},
         "full": {"iteration": 7, "map_state": None},
         "inside": {"iteration": 7, "map_state": None, "window": window(5, 7)},
+        "in the third": {
+            "iteration": 7,
+            "map_state": None,
+            "window": window(6, 7),
+            "ended": [window(2, 4), window(4, 6)],
+        },
+        "declined": {"iteration": 7, "map_state": None, "declined": (5,)},
         "pending": {"iteration": 10, "map_state": "pending", "map": expert_map().to_json()},
         "applied": {"iteration": 15, "map_state": "applied", "map": expert_map().to_json()},
         "uneven": {"iteration": 15, "map_state": "applied", "map": expert_map(uneven).to_json()},
@@ -107,6 +116,21 @@ BAD_STARTS = {
         "inside",
         {"laep_window": 4},
         ["--laep-window 4", "begins at iteration 7", "counts from 6 on"],
+    ),
+    "too few windows to tell, stable or not": (
+        "foreign",
+        {"laep_window": 1, "laep_prune_when_stable": True},
+        ["--laep-prune-when-stable compares 4 windows", "iteration 7", "has 3 of --laep-window 1"],
+    ),
+    "windows of other lengths": (
+        "in the third",
+        {"laep_window": 1, "laep_require_stable": True},
+        ["--laep-require-stable compares 4 windows", "has 3 of --laep-window 1", "prune later"],
+    ),
+    "declined, and asked for earlier": (
+        "declined",
+        {"laep_prune_iteration": 6},
+        ["iteration 7", "not pruned", "--laep-prune-iteration 6 is past"],
     ),
     "pruned at another iteration": (
         "applied",
@@ -168,8 +192,20 @@ GOOD_STARTS = {
     "window ahead": ("foreign", {"laep_window": 3}, 2),
     "window open": ("inside", {"laep_window": 5}, 2),
     "no window wanted": ("full", {"laep_prune_iteration": None}, 2),
+    "windows behind it": (
+        "in the third",
+        {"laep_window": 2, "laep_require_stable": True},
+        2,
+    ),
+    "declined": ("declined", {"laep_prune_iteration": 5}, 2),
+    "declined, and later again": ("declined", {"laep_window": 3}, 2),
     "pruned": ("applied", {}, 2),
     "pruned, to ranks with 3 and 2": ("uneven", {"expert_model_parallel_size": 4}, 4),
+    "pruned before the latest iteration": (
+        "applied",
+        {"laep_prune_iteration": 12, "laep_prune_when_stable": True, "laep_window": 2},
+        2,
+    ),
     "pruned, and no flags": ("applied", {"laep_prune_iteration": None}, 2),
     "pruned, to fewer ranks": ("pending", {"laep_expert_model_parallel_size": 1}, 1),
     "pruned, other rules": ("pending", {"laep_alpha": "0.9", "laep_window": 3}, 2),

@@ -1,0 +1,50 @@
+"""The decisions on stability of a job, in ``<save>/laep/stability.jsonl``, for tools and people.
+
+One line of JSON for each decision, appended as it is made: ``StabilityDecision.to_dict`` with the
+``verdict`` (``schedule.Verdict``) and the ``windows`` that it rests on, first and last iteration of
+each. A job that resumes from an earlier checkpoint decides some window ends again: a line
+*supersedes* every line before it of the same or a later iteration, and the reader leaves those out.
+What a crash left half written is skipped with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+import os
+from pathlib import Path
+
+_LOGGER = logging.getLogger(__name__)
+
+NAME = "stability.jsonl"
+
+
+def append(path: Path, decision: dict[str, object]) -> None:
+    """Adds one decision; JSON-able, with an ``iteration``. OSError as it comes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        # A line that a crash cut off must not take the next one with it.
+        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        line = json.dumps(decision, allow_nan=False) + "\n"
+        file.write((("\n" if torn else "") + line).encode())
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    """The decisions, by iteration; [] without a file. ``row`` is each one's line, from 1."""
+    if not path.is_file():
+        return []
+    decisions: list[dict[str, object]] = []
+    for row, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            decision = json.loads(line)
+            iteration = operator.index(decision["iteration"])
+        except (ValueError, KeyError, TypeError):
+            _LOGGER.warning("%s: skipped row %d, it is not a whole decision", path, row)
+            continue
+        while decisions and decisions[-1]["iteration"] >= iteration:
+            decisions.pop()
+        decisions.append({**decision, "row": row})
+    return decisions
