@@ -36,6 +36,9 @@ def measure(
     for layer in layers.values():
         weights = list(layer.experts.parameters())
         rows = list(layer.router.parameters())
+        per_expert_ids.update(id(p) for p in weights + rows)
+        if not weights:  # none of this layer's experts is here
+            continue
         # Matrices are split over the expert tensor parallel ranks, biases of the second layer not.
         numel = sum(p.numel() * (expert_shards if p.dim() > 1 else 1) for p in weights)
         per_expert = numel / layer.num_local_experts + sum(
@@ -45,7 +48,6 @@ def measure(
             weights[0], args, expert_map.expert_parallel_size_before
         )
         bytes_after = _bytes_per_parameter(weights[0], args, expert_map.expert_parallel_size_after)
-        per_expert_ids.update(id(p) for p in weights + rows)
     others = sum(
         p.numel()
         * (args.tensor_model_parallel_size if getattr(p, "tensor_model_parallel", False) else 1)
