@@ -8,16 +8,20 @@ Shape suffixes: R expert-parallel ranks, K experts of a layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_laep.expert_map import ExpertMap, equal_blocks
 from megatron_laep.placement import rank_loads
 
+_LARGEST = 1e18
+"""No number of a model or a machine is larger; products of them stay within floats and memory."""
+
+_MOST_LAYERS = 10**5
+
 
 def _check_numbers(value: object, where: str, minimum: Mapping[str, float]) -> None:
-    """ValueError unless each named field is a finite number of at least its minimum.
+    """ValueError unless each named field is a number from its minimum to 1e18.
 
     Fields that are annotated as int must be integers.
     """
@@ -28,8 +32,15 @@ def _check_numbers(value: object, where: str, minimum: Mapping[str, float]) -> N
         if not isinstance(number, kind) or isinstance(number, bool):
             wanted = "an integer" if whole else "a number"
             raise ValueError(f"{where}: {name} must be {wanted}, got {number!r}")
-        if not math.isfinite(number) or number < least:
-            raise ValueError(f"{where}: {name} must be at least {least:g}, got {number}")
+        if not least <= number <= _LARGEST:  # also refuses NaN
+            wanted = f"{least:g} to {_LARGEST:g}" if number > _LARGEST else f"at least {least:g}"
+            raise ValueError(f"{where}: {name} must be {wanted}, got {_short(number)}")
+
+
+def _short(number: float) -> str:
+    """As it is written, cut off where it has hundreds of digits."""
+    text = str(number)
+    return text if len(text) <= 30 else f"{text[:30]}..."
 
 
 def _check_flags(value: object, where: str, *names: str) -> None:
@@ -87,11 +98,15 @@ class ModelShape:
         minimum |= {"dense_ffn": 0, "shared_expert_ffn": 0, "extra_parameters_per_layer": 0}
         _check_numbers(self, "model", minimum)
         _check_flags(self, "model", "swiglu", "tied_embeddings")
-        if self.other_parameters is not None and not (
-            isinstance(self.other_parameters, int) and self.other_parameters >= 0
-        ):
+        if self.num_layers > _MOST_LAYERS:
             raise ValueError(
-                f"model: other_parameters must be an integer >= 0, got {self.other_parameters!r}"
+                f"model: num_layers must be at most {_MOST_LAYERS}, got {self.num_layers}"
+            )
+        other = self.other_parameters
+        if other is not None and not (type(other) is int and 0 <= other <= _LARGEST):
+            raise ValueError(
+                f"model: other_parameters must be an integer from 0 to {_LARGEST:g}, got "
+                f"{_short(other)}"
             )
         if self.top_k > self.num_experts:
             raise ValueError(f"model: top_k {self.top_k} is more than {self.num_experts} experts")

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from megatron_laep.json_text import parse_json
+
 SCHEMA_VERSION = 1
 
 
@@ -360,11 +362,7 @@ class ExpertMap:
     @classmethod
     def from_json(cls, text: str) -> ExpertMap:
         """The value that `to_json` wrote. ValueError if it is no JSON, or as `from_dict`."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the expert map is not valid JSON: {error}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, "the expert map"))
 
     @staticmethod
     def from_kept(

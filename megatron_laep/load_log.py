@@ -11,7 +11,6 @@ ranks.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laep.expert_map import near_equal_blocks
+from megatron_laep.json_text import read_json
 from megatron_laep.load_recorder import (
     FORMAT,
     checked_integers,
@@ -123,12 +123,13 @@ class LoadLog:
         return np.stack([rank_loads(row, counts) for row, counts in rows])
 
 
-def read(path: str | os.PathLike) -> LoadLog:
+def read(path: str | os.PathLike, data: object = None) -> LoadLog:
     """Reads recorded loads.
 
     path: a log (``loads-*.bin`` or the JSON beside it); a folder that holds one log, or its parent
         (``<save>``); a job's ``laep/iter_*/loads.json``; or JSON of one row of matrices, such as
         ``tests/data/expert_loads_tiny.json``.
+    data: the content of that JSON, where the caller has read it already (a pipe can be read once).
 
     A torn or damaged record is skipped with a warning.
     Errors: ValueError that names the file, for everything that no decision can rest on.
@@ -137,19 +138,23 @@ def read(path: str | os.PathLike) -> LoadLog:
     try:
         if path.suffix == ".bin":
             return _read_log(path)
-        return _read_json(path)
+        return _from_json(read_json(path) if data is None else data, path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        prefix = "" if str(path) in str(error) else f"{path}: "
+        # The header's sentences name the header, which differs in its ending.
+        prefix = "" if str(path.with_suffix("")) in str(error) else f"{path}: "
         raise ValueError(f"{prefix}{error}") from None
 
 
 def find_logs(folder: Path) -> list[Path]:
-    """The logs in a folder, the original model's first, then as they were begun."""
-    logs = [path for path in folder.glob("loads-*.bin") if path.with_suffix(".json").exists()]
+    """The logs in a folder, the original model's first, then as they were begun.
+
+    Also one whose header is missing: ``read`` then says so.
+    """
     return sorted(
-        logs, key=lambda path: (path.stem != "loads-full", path.stat().st_mtime, path.name)
+        folder.glob("loads-*.bin"),
+        key=lambda path: (path.stem != "loads-full", path.stat().st_mtime, path.name),
     )
 
 
@@ -174,8 +179,20 @@ def _read_log(path: Path) -> LoadLog:
     rest = len(data) % header.dtype.itemsize
     if rest:
         _LOGGER.warning("%s: skipped the last %d bytes, an incomplete record", path, rest)
-    for index in np.flatnonzero(~sound):
-        _LOGGER.warning("%s: skipped record %d, its checksum is wrong", path, index)
+    damaged = np.flatnonzero(~sound)
+    if len(records) and len(damaged) == len(records):
+        raise ValueError(
+            f"all of its {len(records)} records have wrong checksums: the file was damaged, or is "
+            "no log of loads"
+        )
+    if len(damaged):
+        _LOGGER.warning(
+            "%s: skipped %d of %d records, the first of them record %d: their checksums are wrong",
+            path,
+            len(damaged),
+            len(records),
+            damaged[0],
+        )
     live: list[int] = []
     for index in np.flatnonzero(sound).tolist():
         while live and records["last"][live[-1]] >= records["first"][index]:
@@ -199,15 +216,7 @@ def _read_log(path: Path) -> LoadLog:
     )
 
 
-def _read_json(path: Path) -> LoadLog:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(
-            "this is neither JSON nor a log: give loads-*.bin or a .json file"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"this is not valid JSON, or it was cut off: {error}") from None
+def _from_json(data: object, path: Path) -> LoadLog:
     if isinstance(data, dict) and data.get("format") == FORMAT:
         return _read_log(path.with_suffix(".bin"))
     if not isinstance(data, dict) or not {"layer_numbers", "tokens"} <= set(data):
@@ -295,6 +304,12 @@ def _checked(log: LoadLog) -> LoadLog:
             f"layer {log.layer_numbers[row]}: the load of expert {expert} is negative: "
             f"{log.tokens_WLE[window, row, expert]}"
         )
+    for row, count in enumerate(log.expert_counts):
+        if log.tokens_WLE[:, row, count:].any():
+            raise ValueError(
+                f"layer {log.layer_numbers[row]} has tokens beyond its {count} experts: the header "
+                "is of another model"
+            )
     if log.tokens_WLE.sum(axis=(0, 2), dtype=np.float64).max() >= 2.0**63:
         raise ValueError("the loads of a layer sum to more than 64-bit integers hold")
     return log

@@ -45,6 +45,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.json_text import read_json
+
 _LOGGER = logging.getLogger(__name__)
 
 FORMAT = "megatron_laep loads"
@@ -108,6 +110,10 @@ class LoadLogHeader:
             raise ValueError(f"layer_numbers must be ascending, got {list(numbers)}")
         if len(counts) != len(numbers):
             raise ValueError(f"{len(counts)} expert_counts for {len(numbers)} layer_numbers")
+        if len(numbers) * max(counts) * 8 >= 2**31:
+            raise ValueError(
+                f"{len(numbers)} layers of {max(counts)} experts are more than a record holds"
+            )
         if self.original_ids and tuple(map(len, self.original_ids)) != counts:
             raise ValueError("original_ids must have one id for each expert of each layer")
         if self.experts_per_rank and tuple(map(sum, self.experts_per_rank)) != counts:
@@ -267,6 +273,8 @@ def token_counts(values: object, where: str) -> np.ndarray:
         counts = np.asarray(values)
     except ValueError:
         counts = np.empty((0, 0))
+    if isinstance(values, list | tuple) and bool in set(map(type, values)):
+        raise ValueError(f"{where}: loads must be token counts, got true or false")
     if counts.ndim != 1:
         raise ValueError(f"{where}: loads must be one list of token counts")
     if counts.dtype.kind == "f" and np.isnan(counts).any():
@@ -309,7 +317,7 @@ def sound_records(data: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
 
 def read_header(path: Path) -> LoadLogHeader:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError("it is not the header of a load log")
         return LoadLogHeader.from_dict(data)

@@ -12,16 +12,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-_NUMBER = r"[-+]?[\d.]+(?:[eE][-+]?\d+)?"
-_ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
+_COUNT = r"\d{1,18}"
+_ITERATION = re.compile(rf"\biteration +({_COUNT})/ *({_COUNT}) \|(.*)")
 _LOAD = re.compile(
-    rf"\blaep event=load iteration=(\d+) imbalance_mean=({_NUMBER}) .*dead_experts=(\d+)/\d+"
+    rf"\blaep event=load iteration=({_COUNT}) imbalance_mean=(\S+) .*dead_experts=({_COUNT})/\d"
 )
 _EVENT = re.compile(r"\blaep event=(\w+) ?(.*)")
 _EVENT_FIELD = re.compile(r'(\w+)=(?:"([^"]*)"|(\S+))')
 _VALIDATION = re.compile(
-    rf"validation loss at iteration (\d+)(?: on validation set)? \| lm loss value: ({_NUMBER}) \| "
-    rf"lm loss PPL: ({_NUMBER})"
+    rf"validation loss at iteration ({_COUNT})(?: on validation set)? \| lm loss value: (\S+) \| "
+    r"lm loss PPL: (\S+) \|"
 )
 _ARGUMENT = re.compile(r"^(?:\[?\w*\d*\]?:)? *(\w+) \.{3,} ?(.*)$")
 _ARGUMENTS_START = re.compile(r"-+ arguments -+")
@@ -72,7 +72,8 @@ class TrainingLog:
     """What a run printed. Lines are sorted by iteration, one for each iteration number.
 
     loads: empty if the run did not log them.
-    validation: (iteration, loss, perplexity) of the last validation; None if there was none.
+    validation: (iteration, loss, perplexity) of the last validation, NaN or infinite if Megatron
+        printed that; None if there was none.
     events: in the order of the log.
     arguments: Megatron's list of arguments as printed, value and row by name; the first list of the
         log, since the rebuilt model of a pruning prints another one. Empty if there is none.
@@ -103,9 +104,11 @@ def parse_log(text: str) -> TrainingLog:
     text_lines = text.split("\n")
     for row, text_line in enumerate(text_lines, start=1):
         if match := _VALIDATION.search(text_line):
-            validation = (int(match[1]), float(match[2]), float(match[3]))
+            validation = (int(match[1]), _number(match[2], row), _number(match[3], row))
         elif match := _LOAD.search(text_line):
-            loads[int(match[1])] = LoadLine(int(match[1]), float(match[2]), int(match[3]), row)
+            loads[int(match[1])] = LoadLine(
+                int(match[1]), _number(match[2], row), int(match[3]), row
+            )
         elif match := _EVENT.search(text_line):
             if match[1] != "load":
                 found = _EVENT_FIELD.findall(match[2])

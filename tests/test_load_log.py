@@ -123,9 +123,17 @@ def test_every_damaged_byte_of_a_record_is_found(tmp_path, caplog, damaged_byte)
     data[RECORD_BYTES + damaged_byte] ^= 0x10
     path.write_bytes(data)
     assert spans(load_log.read(path)) == [(1, 10), (21, 30)]
-    assert "skipped record 1, its checksum is wrong" in caplog.text
+    assert "skipped 1 of 3 records, the first of them record 1" in caplog.text
     write(tmp_path, (31, 40))  # not at the end: it is left where it is
     assert spans(load_log.read(path)) == [(1, 10), (21, 30), (31, 40)]
+
+
+def test_a_file_that_is_no_log_is_one_sentence(tmp_path, caplog):
+    path = write(tmp_path, (1, 10), (11, 20))
+    path.write_bytes(b"x" + path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="all of its 2 records have wrong checksums"):
+        load_log.read(path)
+    assert not caplog.records
 
 
 def test_zeros_at_the_end_are_no_record(tmp_path, caplog):
@@ -337,6 +345,7 @@ BAD_JSON = {
     "descending": ({"last_iteration_of_window": [10, 5]}, "ascending, without overlaps"),
     "before the run": ({"last_iteration_of_window": [3, 10]}, "begin at iteration 1"),
     "no interval": ({"window_iterations": None}, "the iterations of a window must be integers"),
+    "true": ({"tokens": [[[True, 2], [3, 4]], GOOD["tokens"][1]]}, "got true or false"),
     "top-k 0": ({"top_k": 0}, "top_k must be integers of at least 1, got 0"),
 }
 
@@ -366,6 +375,8 @@ def test_truncated_json_is_a_sentence(tmp_path_factory, size):
     ("content", "message"),
     [
         (b"\x00\xff\xfe binary", "neither JSON nor a log"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"tokens": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
         (b"[1, 2]", "holds no recorded loads: the fields layer_numbers and tokens"),
         (b'{"layer_numbers": [1], "tokens": [[1]]}', "the field last_iteration_of_window"),
     ],
@@ -385,8 +396,9 @@ def test_missing_files(tmp_path):
     with pytest.raises(ValueError, match="there is no complete window in it yet"):
         load_log.read(path)
     path.with_suffix(".json").unlink()
-    with pytest.raises(ValueError, match="loads-full.json is missing: without it"):
-        load_log.read(path)
+    for item in (path, tmp_path):
+        with pytest.raises(ValueError, match="loads-full.json is missing: without it"):
+            load_log.read(item)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +413,8 @@ def test_missing_files(tmp_path):
         ({"original_ids": [[1, 2, 3]]}, "one id for each expert of each layer"),
         ({"experts_per_rank": [[2, 1], [1, 2]]}, "sum to the experts of each layer"),
         ({"format": "something"}, "not the header of a load log"),
+        ({"expert_counts": [2**61, 3]}, "are more than a record holds"),
+        ({"expert_counts": [3, 1]}, "layer 5 has tokens beyond its 1 experts"),
     ],
 )
 def test_damaged_header(tmp_path, changes, message):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import LAEP, ON_CPU, TESTS, RunResult, run_megatron, tiny_arguments
+from in_megatron import in_megatron
 from written_scalars import tensorboard_scalars, wandb_scalars
 
 from megatron_laep import ExpertMap, load_log
@@ -161,6 +162,35 @@ def test_inspect_of_its_checkpoints(run) -> None:
     gone = found[4]["parameters"] - found[8]["parameters"]
     assert gone == (32 - sum(kept)) * (3072 + 32), "with its row of the router"
     assert laep("inspect", run.folder)["iteration"] == ITERATIONS
+
+
+def described(path: Path) -> dict:
+    from megatron_laep.tools.checkpoint_facts import describe_checkpoint
+
+    return describe_checkpoint(path)
+
+
+def test_inspect_of_damaged_checkpoints(run, tmp_path) -> None:
+    def damaged(name: str, content: bytes | None) -> str:
+        """What inspect says of the checkpoint with another content of a file, or without it."""
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(run.folder / "iter_0000008", folder)
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        outcome = in_megatron(described, folder)
+        assert outcome.error == "ValueError", outcome.output
+        return outcome.message
+
+    shard = next((run.folder / "iter_0000008").glob("*.distcp"))
+    whole = shard.read_bytes()
+    assert f"{shard.name} is not there" in damaged(shard.name, None)
+    assert f"{shard.name} has {len(whole) - 1} bytes" in damaged(shard.name, whole[:-1])
+    for name in (".metadata", "metadata.json"):
+        content = (run.folder / "iter_0000008" / name).read_bytes()
+        assert "is damaged: its .metadata or metadata.json" in damaged(
+            name, content[: len(content) // 2]
+        )
 
 
 def test_the_loads_are_recorded(run) -> None:

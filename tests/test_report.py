@@ -213,6 +213,14 @@ class TestWhatIsNotThere:
         assert data["log"]["source"] == "out.txt"
         assert "r.html" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("loss", ["INF", "NAN"])
+    def test_a_validation_without_a_finite_loss_is_told(self, tmp_path, loss):
+        run = make_run(tmp_path, history=False)
+        replace(run / "train.log", "value: 1.930000E+00", f"value: {loss}")
+        page = build_report(run).read_text("utf-8")
+        assert "Validation loss at iteration 500: no finite number." in page
+        assert embedded(page)["log"]["validation"] == [500, None, 6.88951]
+
     def test_nan_losses_are_told_and_left_out(self, tmp_path):
         run = make_run(tmp_path, history=False)
         text = (run / "train.log").read_text()
@@ -230,6 +238,12 @@ def edit(path: Path, change) -> None:
     data = read(path)
     change(data)
     path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def cut(path: Path) -> None:
@@ -281,6 +295,59 @@ REFUSED = {
         lambda d: (d / "laep" / "stability.jsonl").write_text('{"iteration": 375}'),
         "stability.jsonl, row 1: it lacks verdict, stable_layers, layers",
     ),
+    "a row that is none": (
+        lambda d: edit(d / FOLDER / "table.json", lambda x: x["rows"].__setitem__(0, 5)),
+        "table.json: each of its rows must have the fields",
+    ),
+    "half of the sizes": (
+        lambda d: edit(d / FOLDER / "table.json", lambda x: x.update(parameters_after=None)),
+        "must all be numbers, or all be unknown",
+    ),
+    "edited parameters": (
+        lambda d: edit(d / FOLDER / "table.json", lambda x: x.update(parameters_after=10**6)),
+        "table.json: parameters_removed_percent is",
+    ),
+    "a number in the table": (
+        lambda d: edit(
+            d / FOLDER / "table.json", lambda x: x["rows"][2].update(imbalance_after=1.001)
+        ),
+        "table.json: layer 3: imbalance_after is 1.001, and should be 1.0",
+    ),
+    "experts in the table": (
+        lambda d: edit(d / FOLDER / "table.json", lambda x: x.update(experts_after=40)),
+        "table.json: experts_after is 40, and should be 42",
+    ),
+    "a thousand digits": (
+        lambda d: edit(
+            d / FOLDER / "table.json", lambda x: x.update(memory_freed_bytes_per_rank=10**1000)
+        ),
+        "table.json: memory_freed_bytes_per_rank must be a number",
+    ),
+    "other loads": (
+        lambda d: edit(d / FOLDER / "loads.json", lambda x: x["tokens"][1].__setitem__(3, 5)),
+        "loads.json: layer 2 has other loads than map.json was decided on",
+    ),
+    "loads of another iteration": (
+        lambda d: edit(d / FOLDER / "loads.json", lambda x: x.update(iteration=374)),
+        "loads.json: it was counted up to iteration 374, map.json is of iteration 375",
+    ),
+    "a window before the run": (
+        lambda d: edit(d / FOLDER / "loads.json", lambda x: x.update(window=376)),
+        "loads.json: window must be an integer from 1 to 375, got 376",
+    ),
+    "deep map": (
+        lambda d: (d / FOLDER / "map.json").write_text("[" * 100_000),
+        "map.json: it is nested too deeply",
+    ),
+    "no header": (lambda d: (d / "laep/loads-full.json").unlink(), "loads-full.json is missing"),
+    "junk in a load line": (
+        lambda d: replace(d / "train.log", "imbalance_mean=1", "imbalance_mean=x"),
+        "where a number belongs",
+    ),
+    "junk in a validation": (
+        lambda d: replace(d / "train.log", "value: 1.9", "value: 1.9.1"),
+        "where a number belongs",
+    ),
     "edited map": (
         lambda d: edit(d / FOLDER / "map.json", lambda x: x.update(beta=0.2)),
         "map.json: the expert map says hash",
@@ -307,6 +374,25 @@ class TestRefusals:
         assert message in error
         assert len(error.splitlines()) == 1
         assert not list(tmp_path.rglob("*.html"))
+
+    def test_the_run_s_files_are_never_written_over(self, tmp_path, capsys):
+        run = make_run(tmp_path)
+        for name in ("train.log", "laep/loads-full.bin", f"{FOLDER}/map.json"):
+            before = (run / name).read_bytes()
+            assert main(["report", str(run), "-o", str(run / name)]) == 2
+            assert "is what the command reads: name another file" in capsys.readouterr().err
+            assert (run / name).read_bytes() == before
+
+    def test_rules_that_cannot_be_read_from_the_log(self, tmp_path, capsys):
+        run = make_run(tmp_path)
+        shutil.rmtree(run / FOLDER)
+        for path in run.glob("laep/loads-*"):
+            if "full" not in path.name:
+                path.unlink()
+        replace(run / "train.log", f"laep_beta {'.' * 39} 0.1", f"laep_beta {'.' * 39} much")
+        assert main(["report", str(run)]) == 2
+        error = capsys.readouterr().err
+        assert "no rule can be read from laep_alpha '0.4' and laep_beta 'much'" in error
 
     def test_folders_that_hold_nothing(self, tmp_path, capsys):
         assert main(["report", str(tmp_path / "typo")]) == 2

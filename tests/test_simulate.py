@@ -235,6 +235,11 @@ def test_bad_loads_are_one_sentence_and_exit_code_2(capsys, tiny, tmp_path, text
         ("laep", {"gamma": 1}, "laep may have the fields alpha, beta, expert_multiple"),
         ("laep", {"alpha": "x"}, "--laep-alpha 'x'"),
         ("published", {"tflops_per_gpu": [1]}, "tflops_per_gpu must be a list of three"),
+        ("published", {"tflops_per_gpu": [1, None, 2]}, "a list of three numbers above 0"),
+        ("published", {"tflops_per_gpu": [1, float("nan"), 2]}, "a list of three numbers above 0"),
+        ("model", {"hidden": 10**400}, "hidden must be 1 to 1e+18, got 100000"),
+        ("model", {"num_layers": 10**9}, "num_layers must be at most 100000"),
+        ("model", {"other_parameters": True}, "other_parameters must be an integer from 0"),
         ("modell", {}, "unknown sections modell"),
     ],
 )
@@ -267,13 +272,32 @@ def test_bad_arguments(capsys, arguments, message):
     assert message in err
 
 
-def test_broken_yaml(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1, 2", "is not valid YAML"),
+        ("model: 2001-13-40", "is not valid YAML: month must be in 1..12"),
+        ("[" * 10_000, "is nested too deeply"),
+    ],
+)
+def test_broken_yaml(capsys, tmp_path, text, message):
     path = tmp_path / "model.yaml"
-    path.write_text("model: [1, 2", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     code, _, err = main(capsys, path, LOADS, "--hardware", "a800")
     assert code == 2
-    assert "is not valid YAML" in err
+    assert f"{path} {message}" in err
     assert err.count("\n") == 1
+
+
+def test_numbers_that_no_machine_has(capsys, tmp_path):
+    """Each within its bounds, together beyond floating point: no infinity gets into the answer."""
+    hardware = yaml.safe_load((ROOT / "configs" / "hardware-a800.yaml").read_text())
+    hardware |= {"peak_tflops": 1e-300, "dense_efficiency": 1e-9}
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps(hardware))
+    code, out, err = main(capsys, MODEL, LOADS, "--hardware", path, "--json")
+    assert (code, out) == (2, "")
+    assert "is far from any real one" in err
 
 
 def test_it_starts_in_under_a_second_without_torch():

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -204,13 +206,20 @@ class TestPlan:
             ((*MODEL, "--alpha", "nan"), "--laep-alpha nan: alpha must be a number >= 0 or inf"),
             ((*MODEL, "--alpha", "0.4:1-3"), "layer 4: --laep-alpha has no range for MoE layer 4"),
             ((*MODEL, "--beta", "nan"), "--laep-beta must be within 0 and 1, got nan"),
+            ((*MODEL, "--ep-before", 64), "layers of 32 experts, which 64 expert-parallel ranks"),
             ((*MODEL, "--windows", 21), "holds 20 windows: the last 21 were asked for"),
             ((*MODEL, "--until", 24), "no window that ends at iteration 24 or before"),
             ((*MODEL, "--expert-multiple", 3), "not divisible by expert-model-parallel-size 2"),
             ((*MODEL, "--other-parameters", 9), "belong together: give both"),
-            ((*MODEL, *SIZES, "--bytes-per-parameter", "nan"), "must be above 0, got nan"),
+            (
+                (*MODEL, *SIZES, "--bytes-per-parameter", "nan"),
+                "must be above 0, and at most 1000, got nan",
+            ),
             ((*MODEL, *SIZES, "--pipeline-parallel-size", 0), "must be at least 1, got 0"),
-            ((*MODEL, "-o", "/nowhere/map.json"), "/nowhere/map.json: No such file or directory"),
+            (
+                (*MODEL, "-o", "/nowhere/map.json"),
+                "/nowhere/map.json cannot be written: No such file",
+            ),
         ],
     )
     def test_sentences(self, arguments, message):
@@ -220,11 +229,11 @@ class TestPlan:
         message = sentence("plan", log, "--top-k", 4)
         assert "was recorded with the router's top-k 2, but --top-k says 4" in message
 
-    @pytest.mark.parametrize("text", ["-5", "1.5", "inf", "nan", "many"])
+    @pytest.mark.parametrize("text", ["-5", "1.5", "inf", "nan", "many", "1e19"])
     def test_sizes_must_be_whole_numbers(self, text):
         done = laep("plan", RECORDED, *MODEL, f"--other-parameters={text}")
         assert done.returncode == 2
-        assert "is not a whole number of at least 0" in done.stderr
+        assert "is not a whole number from 0 to 1e18" in done.stderr
 
 
 class TestInputs:
@@ -399,15 +408,88 @@ class TestStability:
         [
             (("--churn", "2"), "churn must be within 0 and 1, got 2.0"),
             (("--patience", "0"), "patience must be an integer of at least 1"),
-            (("--alpha", "0.4:1-3"), "layer 4: --laep-alpha has no range"),
-            (("--beta", "-1"), "layer 1: beta must be within 0 and 1"),
+            (("--alpha", "0.4:1-3"), "--laep-alpha has no range for MoE layer 4"),
+            (("--beta", "-1"), "--laep-beta must be within 0 and 1"),
+            # also where there is nothing to compare yet
+            (("--beta", "-1", "--until", "25"), "--laep-beta must be within 0 and 1"),
+            (("--alpha", "0.4:1-3", "--until", "25"), "no range for MoE layer 4"),
         ],
     )
     def test_sentences(self, arguments, message):
         assert message in sentence("stability", RECORDED, *arguments)
 
+    @pytest.mark.parametrize(("tick", "shown"), [(0.2, True), (0.01, False)])
+    def test_progress_shows_after_two_seconds(self, log, monkeypatch, tick, shown):
+        """On a terminal; by a clock that goes on by a tick each time it is looked at."""
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stderr", terminal)
+        start, ticks = time.time(), itertools.count()
+        monkeypatch.setattr("tqdm.std.time", lambda: start + next(ticks) * tick)
+        assert main(["stability", str(log), "--json"]) == 0
+        assert ("windows" in terminal.getvalue()) == shown
+
+
+class TestOutputs:
+    def test_what_was_recorded_is_never_written_over(self, log, tmp_path, capsys):
+        loads = tmp_path / "loads.json"
+        loads.write_bytes(RECORDED.read_bytes())
+        (tmp_path / "link.json").symlink_to(loads)
+        commands = [
+            ("plan", loads, *MODEL, "-o", loads),
+            ("plan", loads, *MODEL, "-o", tmp_path / "link.json"),
+            ("plan", log.parent, "-o", log),
+            ("plan", log, "-o", log.with_suffix(".json")),
+            ("sweep", loads, *MODEL, "--csv", loads),
+            ("sweep", log, "--csv", log),
+        ]
+        before = [path.read_bytes() for path in (loads, log, log.with_suffix(".json"))]
+        for command in commands:
+            assert main([str(word) for word in command]) == 2
+            assert "is what the command reads: name another file" in capsys.readouterr().err
+        assert before == [path.read_bytes() for path in (loads, log, log.with_suffix(".json"))]
+
+    def test_an_empty_name_is_not_taken_for_none(self, capsys):
+        for flag in (("plan", "-o"), ("sweep", "--csv")):
+            assert main([flag[0], str(RECORDED), *MODEL, flag[1], ""]) == 2
+            assert "cannot be written" in capsys.readouterr().err
+
+    def test_a_full_disk(self, capsys):
+        assert main(["plan", str(RECORDED), *MODEL, "-o", "/dev/full"]) == 2
+        assert "/dev/full cannot be written: No space left" in capsys.readouterr().err
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "megatron_laep.tools", "plan", str(RECORDED), *MODEL]
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+            )
+        assert done.returncode == 2
+        assert done.stderr == "laep: the output cannot be written: No space left on device\n"
+
+    def test_a_closed_output(self, monkeypatch):
+        monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `laep ... >&-`
+        assert main(["plan", str(RECORDED), *MODEL]) == 0
+
+    @pytest.mark.parametrize(
+        ("error", "code", "text"),
+        [
+            (KeyboardInterrupt(), 130, ""),
+            (MemoryError(), 2, "laep: the input is larger than the memory of this machine\n"),
+        ],
+    )
+    def test_no_traceback(self, monkeypatch, capsys, error, code, text):
+        def stop(_path):
+            raise error
+
+        monkeypatch.setattr(load_log, "read", stop)
+        assert main(["plan", str(RECORDED), *MODEL]) == code
+        assert capsys.readouterr().err == text
+
 
 class TestInspect:
+    def test_a_pipe(self):
+        done = laep("inspect", "/dev/stdin", "--json", input=RECORDED.read_text())
+        assert json.loads(done.stdout)["windows"] == 20
+
     def test_map(self):
         data = json.loads(product("inspect", JOB / "map.json", "--json"))
         stored = json.loads((JOB / "map.json").read_text())

@@ -15,6 +15,7 @@ import megatron_laep
 # Modules of this folder with an `add_parser`, in the order of the help text.
 COMMANDS = ("inspect", "plan", "sweep", "stability", "simulate", "report")
 _USER_ERROR = 2  # as argparse's own
+_INTERRUPTED = 130  # as a shell has it
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,22 +35,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, or 2 for input that no answer can rest on."""
+    """Runs one command. Returns the exit code: 0, 2 for input that no answer can rest on, 130 for
+    Ctrl-C, 1 for a pipe that was closed.
+    """
     # Warnings of the package (a torn record was skipped) belong to the user, not into the product.
     logging.basicConfig(format="laep: %(levelname)s: %(message)s", stream=sys.stderr)
     args = build_parser().parse_args(argv)
     try:
         code = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: the caller has closed it
+            sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except BrokenPipeError:
         # Somebody closed the pipe, for example `laep sweep ... | head`. Python would complain about
         # it once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"laep: {where}{error.strerror or error}", file=sys.stderr)
+        # Without a name, it was the output that failed: every file is opened by its name.
+        where = error.filename or "the output cannot be written"
+        print(f"laep: {where}: {error.strerror or error}", file=sys.stderr)
+    except MemoryError:
+        print("laep: the input is larger than the memory of this machine", file=sys.stderr)
     except ValueError as error:
         print(f"laep: {error}", file=sys.stderr)
     return _USER_ERROR

@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_laep import checkpoint
 
@@ -31,12 +33,25 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
             f"{path} is not a complete checkpoint of format torch_dist: it has no file .metadata"
         )
     checkpoint.allow_pruned_checkpoints()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.distributed is not initialised: it need not be
-        record = checkpoint.read_record(path)
+    try:
+        with warnings.catch_warnings():
+            # That torch.distributed is not initialised: it need not be.
+            warnings.simplefilter("ignore")
+            metadata = FileSystemReader(path).read_metadata()
+            _check_complete(path, metadata)
+            record = checkpoint.read_record(path)
+    # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception
+    # that is no Exception.
+    except (Exception, CheckpointException) as error:
+        if type(error) is ValueError:  # a sentence of ours
+            raise
+        raise ValueError(
+            f"{path} is damaged: its .metadata or metadata.json cannot be read "
+            f"({type(error).__name__})"
+        ) from None
     if record is None:
         raise ValueError(f"{path} is not a distributed checkpoint of Megatron-Core")
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = metadata.state_dict_metadata
     shapes = {key: tuple(entry.size) for key, entry in entries.items() if hasattr(entry, "size")}
     weights = {key: shape for key, shape in shapes.items() if not _OPTIMIZER.match(key)}
     expert_parameters = sum(_numel(s) for key, s in weights.items() if _EXPERT.search(key))
@@ -47,7 +62,7 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
         "kind": "checkpoint",
         "path": str(path),
         "iteration": record.iteration,
-        "written by a LAEP job": record.is_laep,
+        "written_by_laep_job": record.is_laep,
         "map_state": record.map_state or "none",
         "lineage": [expert_map.hash] if expert_map else [],
         "window": None
@@ -70,6 +85,22 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
             for number, count in sorted(experts.items())
         ],
     }
+
+
+def _check_complete(path: Path, metadata: Metadata) -> None:
+    """ValueError unless every file of tensors is there, and as long as the metadata needs it."""
+    ends: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        name, end = stored.relative_path, stored.offset + stored.length
+        ends[name] = max(ends.get(name, 0), end)
+    for name, end in sorted(ends.items()):
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size < end:
+            found = "is not there" if size is None else f"has {size} bytes"
+            raise ValueError(
+                f"{path} is not complete: {name} {found}, its metadata needs {end} bytes of it"
+            )
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import warnings
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from megatron_laep import load_log
 from megatron_laep.expert_map import ExpertMap
+from megatron_laep.json_text import read_json
 from megatron_laep.load_log import LoadLog
 from megatron_laep.load_recorder import FORMAT
 from megatron_laep.tools import options
@@ -57,15 +58,13 @@ def describe(path: Path) -> dict[str, object]:
         return _describe_folder(path)
     if path.suffix == ".bin":
         return describe_log(load_log.read(path))
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is neither JSON nor a log of loads (loads-*.bin)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON, or it was cut off: {error}") from None
+    data = read_json(path, str(path))  # once: it may be a pipe
     if isinstance(data, dict) and (data.get("format") == FORMAT or "tokens" in data):
-        return describe_log(load_log.read(path))
-    return {"path": str(path), **describe_map(read_map(path))}
+        return describe_log(load_log.read(path, data))
+    try:
+        return {"path": str(path), **describe_map(ExpertMap.from_dict(data))}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _describe_folder(path: Path) -> dict[str, object]:
@@ -94,9 +93,9 @@ def _checkpoint_name(tracker: Path) -> str:
     iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if iteration == "release":
         return iteration
-    if not (iteration.isascii() and iteration.isdigit()):
+    if not re.fullmatch("[0-9]{1,18}", iteration):
         raise ValueError(
-            f"{tracker} names no iteration, but {iteration!r}: name a checkpoint folder"
+            f"{tracker} names no iteration, but {iteration[:40]!r}: name a checkpoint folder"
         )
     return f"iter_{int(iteration):07d}"
 

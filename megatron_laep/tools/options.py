@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,12 @@ def read_loads(args: argparse.Namespace) -> LoadLog:
     """The loads that the arguments of ``add_loads`` name."""
     log = load_log.read(args.loads)
     return log if args.until is None else log.until(args.until)
+
+
+def files_of(log: LoadLog) -> tuple[Path, ...]:
+    """The files that the loads were read from."""
+    source = Path(log.source)
+    return source, source.with_suffix(".json")
 
 
 def add_windows(parser: argparse.ArgumentParser) -> None:
@@ -128,14 +134,15 @@ def add_model_size(parser: argparse.ArgumentParser) -> None:
 
 
 def whole_number(text: str) -> int:
-    """An integer >= 0 that may be written as 22e9; for argparse."""
+    """An integer from 0 to 10^18 that may be written as 22e9; for argparse."""
     try:
         number = float(text)
-        if not math.isfinite(number) or number < 0 or number != int(number):
+        if not 0 <= number <= 1e18 or number != int(number):  # also refuses NaN
             raise ValueError
     except ValueError:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number of at least 0, such as 22e9"
+            f"{shown!r} is not a whole number from 0 to 1e18, such as 22e9"
         ) from None
     return int(text) if text.isdigit() else int(number)
 
@@ -150,8 +157,11 @@ def model_size(args: argparse.Namespace) -> ModelSize | None:
             "--parameters-per-expert and --other-parameters belong together: give both, the first "
             "above 0"
         )
-    if not 0 < args.bytes_per_parameter < math.inf:
-        raise ValueError(f"--bytes-per-parameter must be above 0, got {args.bytes_per_parameter}")
+    if not 0 < args.bytes_per_parameter <= 1000:
+        raise ValueError(
+            f"--bytes-per-parameter must be above 0, and at most 1000, got "
+            f"{args.bytes_per_parameter:g}"
+        )
     return ModelSize(*given, bytes_per_expert_parameter=args.bytes_per_parameter)
 
 
@@ -164,9 +174,15 @@ def resolve_ep_before(args: argparse.Namespace, log: LoadLog, default: int) -> i
     """Expert-parallel size of the recorded run: the file's, or --ep-before, or ``default``."""
     if log.expert_parallel_size is None and args.ep_before is None:
         return default
-    return _resolve(
+    ranks = _resolve(
         log.expert_parallel_size, args.ep_before, "--ep-before", log, "expert-parallel size"
     )
+    if ranks > min(log.expert_counts):
+        raise ValueError(
+            f"{log.source} has layers of {min(log.expert_counts)} experts, which {ranks} "
+            "expert-parallel ranks cannot share: give the size of the recorded run (--ep-before)"
+        )
+    return ranks
 
 
 def _resolve(recorded: int | None, given: int | None, flag: str, log: LoadLog, what: str) -> int:
@@ -200,6 +216,17 @@ def iterations(log: LoadLog, windows: int) -> str:
     return f"{log.first_iterations[-windows]} to {log.last_iterations[-1]}"
 
 
-def write_text(path: str, text: str) -> None:
-    """Writes a product to a file; OSError as it comes."""
-    Path(path).write_text(text, encoding="utf-8")
+def write_text(path: str | Path, text: str, inputs: Iterable[str | Path] = ()) -> None:
+    """Writes a product to a file.
+
+    inputs: files that the command has read: none of them is written over, since what a job
+        recorded cannot be had again.
+    Errors: ValueError that names the file.
+    """
+    path = Path(path)
+    if path.exists() and any(path.samefile(other) for other in inputs if Path(other).exists()):
+        raise ValueError(f"{path} is what the command reads: name another file for its output")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None

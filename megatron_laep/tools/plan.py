@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     )
     size = options.model_size(args)
     summary = summarize(expert_map, size, pipeline_parallel_size=args.pipeline_parallel_size)
-    if args.output:
-        options.write_text(args.output, expert_map.to_json())
+    if args.output is not None:
+        options.write_text(args.output, expert_map.to_json(), options.files_of(log))
     if args.json:
         options.print_json(
             {"loads": log.source, "windows": args.windows, "map": args.output, **summary.to_dict()}
@@ -73,6 +73,6 @@ def run(args: argparse.Namespace) -> int:
     print(summary.format_table())
     print()
     print(f"loads of iterations {options.iterations(log, args.windows)}; map {expert_map.hash}")
-    if args.output:
+    if args.output is not None:
         print(f"wrote {args.output}: use it with --laep-plan {args.output}")
     return 0

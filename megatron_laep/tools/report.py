@@ -15,7 +15,9 @@ from pathlib import Path
 
 from megatron_laep import __version__
 from megatron_laep.summary import binary, scaled
+from megatron_laep.tools.options import write_text
 from megatron_laep.tools.report_data import gather
+from megatron_laep.tools.run_files import LOG_NAME
 
 PAGE = Path(__file__).resolve().parent / "report_page"
 OUTPUT_NAME = "laep_report.html"
@@ -68,9 +70,11 @@ def build_report(
     path = run_dir / "laep" / OUTPUT_NAME if output is None else Path(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}; use --output") from None
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    given = [item for item in (log_path, loads_path) if item is not None]
+    files = [*run_dir.glob("laep/loads-*"), *run_dir.glob("laep/*/*"), run_dir / LOG_NAME, *given]
+    write_text(path, page, inputs=files)
     return path
 
 

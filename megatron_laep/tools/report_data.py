@@ -147,19 +147,21 @@ def _measured(log: TrainingLog, first: int, pruned: int, last: float) -> dict:
 
     Not over lines with a loss that is no finite number: the page lists these.
     """
-    before = [line for line in log.lines if first < line.iteration <= pruned]
-    after = [line for line in log.lines if pruned < line.iteration <= last]
+    timed = [line for line in log.lines if math.isfinite(line.milliseconds)]
+    before = [line for line in timed if first < line.iteration <= pruned]
+    after = [line for line in timed if pruned < line.iteration <= last]
     end = after[-1].iteration if after else pruned
     window = min(MEAN_WINDOW, pruned - first, max(end - pruned, 1))
     around = {"before": (pruned - window, pruned), "after": (pruned, min(pruned + window, end))}
     finite = [line for line in log.lines if line.loss is not None and math.isfinite(line.loss)]
+    loads = [line for line in log.loads if math.isfinite(line.imbalance)]
     return {
         "window": window,
         "milliseconds_before": median_milliseconds(before),
         "milliseconds_after": median_milliseconds(after),
         **{f"loss_{side}": mean_between(finite, "loss", *span) for side, span in around.items()},
         **{
-            f"imbalance_{side}": mean_between(log.loads, "imbalance", *span)
+            f"imbalance_{side}": mean_between(loads, "imbalance", *span)
             for side, span in around.items()
         },
     }
@@ -318,7 +320,14 @@ def _rules(prunings: Sequence[Pruning], log: TrainingLog | None) -> tuple[str, f
             return expert_map.alpha, expert_map.beta, f"{pruning.folder}/map.json"
     arguments = {} if log is None else log.arguments
     if "laep_alpha" in arguments and "laep_beta" in arguments:
-        alpha, beta = (arguments[name][0] for name in ("laep_alpha", "laep_beta"))
+        (alpha, row), (beta, _) = arguments["laep_alpha"], arguments["laep_beta"]
+        try:
+            LaepConfig(prune_iteration=1, alpha=alpha, beta=float(beta)).validate()
+        except ValueError as error:
+            raise ValueError(
+                f"row {row} of the training log: no rule can be read from laep_alpha {alpha!r} and "
+                f"laep_beta {beta!r}: {error}"
+            ) from None
         return alpha, float(beta), "the arguments in the training log"
     default = LaepConfig()
     return default.alpha, default.beta, "the defaults of --laep-alpha and --laep-beta"
@@ -351,7 +360,7 @@ def _log_data(log: TrainingLog, name: str, prunings: Sequence[Pruning]) -> dict:
             for line in log.loads[:: -(-len(log.loads) // MAX_LOG_LINES) or 1]
         ],
         "loads_in_file": len(log.loads),
-        "validation": log.validation,
+        "validation": log.validation and [log.validation[0], *map(_finite, log.validation[1:])],
         "events": [[event.name, dict(event.fields), event.row] for event in log.events[:60]],
     }
 

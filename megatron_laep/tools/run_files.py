@@ -9,8 +9,8 @@ Shape suffixes: L MoE layers, E experts.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ import numpy as np
 
 from megatron_laep import decision_log
 from megatron_laep.expert_map import ExpertMap, compose
+from megatron_laep.json_text import read_json
 from megatron_laep.pruning import checked_loads
 from megatron_laep.stability import StabilityThresholds
-from megatron_laep.summary import LayerRow, PruningSummary
+from megatron_laep.summary import LayerRow, PruningSummary, summarize
 from megatron_laep.training_log import TrainingLog, parse_log
 
 LOG_NAME = "train.log"
@@ -38,21 +39,14 @@ class Pruning:
     tokens_LE: tuple[np.ndarray, ...]
 
 
-def read_json(path: Path) -> object:
+def _read_numbers(path: Path) -> object:
     """A JSON file. Errors: ValueError that says what is wrong, also for the NaN that Python's
     writer lets through."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}, which is no number: the run that wrote it went bad")
 
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"it is not valid JSON ({error}): the file was cut short or edited"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError("it is not a text file") from None
+    return read_json(path, "it", parse_constant=refuse)
 
 
 def read_prunings(run_dir: Path) -> list[Pruning]:
@@ -68,7 +62,7 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
                     f"{folder} away if that pruning was abandoned"
                 )
             try:
-                contents[name] = read_json(path)
+                contents[name] = _read_numbers(path)
                 if name == "map.json":
                     expert_map = ExpertMap.from_dict(contents[name])
                 elif name == "loads.json":
@@ -107,8 +101,18 @@ def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.nda
     fields = ("iteration", "window", "layer_numbers", "tokens")
     if not isinstance(data, dict) or any(name not in data for name in fields):
         raise ValueError(f"it must be an object with the fields {', '.join(fields)}")
-    if type(data["window"]) is not int or not isinstance(data["tokens"], list):
-        raise ValueError("window must be an integer and tokens a list")
+    if data["iteration"] != expert_map.iteration:
+        raise ValueError(
+            f"it was counted up to iteration {data['iteration']!r}, map.json is of iteration "
+            f"{expert_map.iteration}: the files are of different prunings"
+        )
+    if type(data["window"]) is not int or not 1 <= data["window"] <= expert_map.iteration:
+        raise ValueError(
+            f"window must be an integer from 1 to {expert_map.iteration}, got "
+            f"{str(data['window'])[:40]}"
+        )
+    if not isinstance(data["tokens"], list):
+        raise ValueError("tokens must be a list")
     if data["layer_numbers"] != list(expert_map.layer_numbers):
         raise ValueError(
             f"it has layers {data['layer_numbers']}, map.json {list(expert_map.layer_numbers)}: "
@@ -130,6 +134,11 @@ def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.nda
                 f"layer {layer.layer_number} has {loads.size} loads, map.json says "
                 f"{layer.experts_before} experts: they are of different models"
             )
+        if layer.loads and tuple(loads.tolist()) != layer.loads:
+            raise ValueError(
+                f"layer {layer.layer_number} has other loads than map.json was decided on: the "
+                "files are of different prunings"
+            )
         checked.append(loads)
     return tuple(checked)
 
@@ -146,12 +155,35 @@ def _check_table(data: object, expert_map: ExpertMap) -> None:
     row_fields = {field.name for field in dataclasses.fields(LayerRow)}
     _check_numbers(data, PruningSummary, "")
     rows = data["rows"]
-    if not isinstance(rows, list) or any(set(row) != row_fields for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and set(row) == row_fields for row in rows
+    ):
         raise ValueError(f"each of its rows must have the fields {', '.join(sorted(row_fields))}")
     for row in rows:
         _check_numbers(row, LayerRow, f"layer {row['layer_number']}: ")
     if [row["layer_number"] for row in rows] != list(expert_map.layer_numbers):
         raise ValueError("its rows are not the layers of map.json: the file is incomplete")
+    made = summarize(expert_map, None).to_dict()
+    _check_same(data, made, [name for name in made if name not in ("rows", *_SIZES)], "")
+    for row, made_row in zip(rows, made["rows"], strict=True):
+        _check_same(row, made_row, made_row, f"layer {row['layer_number']}: ")
+    if len({data[name] is None for name in _SIZES}) > 1:
+        raise ValueError(f"{', '.join(_SIZES)} must all be numbers, or all be unknown")
+    before, after = data["parameters_before"], data["parameters_after"]
+    if before is not None:
+        if not 0 < after <= before:
+            raise ValueError(f"parameters_after is {after}, parameters_before {before}")
+        removed = {"parameters_removed_percent": 100 * (1 - after / before)}
+        _check_same(data, removed, removed, "")
+
+
+# What the map alone does not tell.
+_SIZES = (
+    "parameters_before",
+    "parameters_after",
+    "parameters_removed_percent",
+    "memory_freed_bytes_per_rank",
+)
 
 
 def _check_numbers(values: dict, kind: type, where: str) -> None:
@@ -160,8 +192,22 @@ def _check_numbers(values: dict, kind: type, where: str) -> None:
         value = values[field.name]
         if field.name in ("rows", "expert_map_hash") or (value is None and "None" in field.type):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{where}{field.name} must be a number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:
+            raise ValueError(f"{where}{field.name} must be a number, got {str(value)[:40]!r}")
+
+
+def _check_same(values: dict, made: dict, names: Iterable[str], where: str) -> None:
+    """ValueError unless the table says what the map makes of the same loads."""
+    for name in names:
+        found, wanted = values[name], made[name]
+        same = found == wanted
+        if isinstance(found, float) and wanted is not None:
+            same = math.isclose(found, wanted, rel_tol=1e-9)
+        if not same:
+            raise ValueError(
+                f"{where}{name} is {found}, and should be {wanted}: the file was edited, or is "
+                "of another pruning"
+            )
 
 
 def read_decisions(run_dir: Path) -> list[dict]:

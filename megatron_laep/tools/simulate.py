@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from megatron_laep.cost_inputs import (
 )
 from megatron_laep.cost_model import calibrate, estimate
 from megatron_laep.expert_map import ExpertMap
+from megatron_laep.json_text import parse_json
 from megatron_laep.planning import check_plan, make_expert_map
 from megatron_laep.pruning import checked_loads
 
@@ -120,6 +122,13 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
         name: estimate(shape, hardware, parallelism, placement)
         for name, placement in placements.items()
     }
+    for name, value in estimates.items():
+        if not 0 < value.step_seconds < math.inf or not 0 < value.tflops_per_gpu < math.inf:
+            raise ValueError(
+                f"the {name} model would take {value.step_seconds:g} s a step at "
+                f"{value.tflops_per_gpu:g} TFLOPS per GPU: a number in {args.model} or "
+                f"{hardware_file} is far from any real one"
+            )
     return {
         "model": str(args.model),
         "loads": str(args.loads),
@@ -191,7 +200,11 @@ def _expert_map(
             raise ValueError(
                 "--plan is a finished map: leave out --alpha, --beta, --expert-multiple and --ep"
             )
-        expert_map = ExpertMap.from_json(_read_text(args.plan))
+        text = _read_text(args.plan)
+        try:
+            expert_map = ExpertMap.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{args.plan}: {error}") from None
         check_plan(
             expert_map,
             layer_numbers=list(loads),
@@ -225,9 +238,14 @@ def _published(section: object, path: Path) -> dict[str, float] | None:
     values = published.get("tflops_per_gpu")
     if values is None:
         return None
-    if not isinstance(values, list) or len(values) != len(VARIANTS):
+    if (
+        not isinstance(values, list)
+        or len(values) != len(VARIANTS)
+        or not all(type(value) in (int, float) and 0 < value < 1e9 for value in values)
+    ):
         raise ValueError(
-            f"{path}: published: tflops_per_gpu must be a list of three, got {values!r}"
+            f"{path}: published: tflops_per_gpu must be a list of three numbers above 0, got "
+            f"{values!r}"
         )
     return dict(zip(VARIANTS, values, strict=True))
 
@@ -258,17 +276,16 @@ def _find_hardware(name: str, model: Path) -> Path:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} cannot be read: it is not a text file") from None
 
 
 def _read_mapping(path: Path) -> dict:
     text = _read_text(path)
     if path.suffix == ".json":
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON, or cut off: {error}") from None
+        data = parse_json(text, str(path))
     else:
         # Here, and not on top: whoever has only JSON files does not need PyYAML.
         try:
@@ -282,6 +299,10 @@ def _read_mapping(path: Path) -> dict:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply to be a file of ours") from None
+        except ValueError as error:  # of a date or a number that Python will not make
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold named fields, got {type(data).__name__}")
     return data

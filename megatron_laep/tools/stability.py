@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 
 from tabulate import tabulate
+from tqdm import tqdm
 
+from megatron_laep.config import AlphaSpec, LaepConfig
 from megatron_laep.load_log import LoadLog
 from megatron_laep.stability import StabilityDecision, StabilityThresholds, decide
 from megatron_laep.tools import options
@@ -16,7 +19,14 @@ def decisions(
     log: LoadLog, *, alpha: str, beta: float, thresholds: StabilityThresholds
 ) -> list[StabilityDecision]:
     """What a job would decide at the end of each window. Errors: ValueError as `decide`."""
+    rules = LaepConfig(prune_iteration=int(log.last_iterations[-1]), alpha=alpha, beta=beta)
+    rules.validate()  # also where there is no second window to use them on
+    for number in log.layer_numbers:
+        AlphaSpec.parse(alpha).for_layer(number)
     windows = [log.window(index) for index in range(log.num_windows)]
+    ends = range(1, log.num_windows + 1)
+    # Shows from the third second on, and only where somebody looks.
+    progress = tqdm(ends, desc="windows", delay=2, disable=None, file=sys.stderr)
     return [
         decide(
             windows[max(0, end - thresholds.patience - 1) : end],
@@ -26,7 +36,7 @@ def decisions(
             beta=beta,
             thresholds=thresholds,
         )
-        for end in range(1, log.num_windows + 1)
+        for end in progress
     ]
 
 

@@ -193,11 +193,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.csv == "-":
         print(as_csv(found), end="")
     else:
-        if args.csv:
-            options.write_text(args.csv, as_csv(found))
+        if args.csv is not None:
+            options.write_text(args.csv, as_csv(found), options.files_of(log))
         print(format_table(found))
         print(f"\nloads of iterations {options.iterations(log, args.windows)}")
-        if args.csv:
+        if args.csv is not None:
             print(f"wrote {args.csv}")
     return 0
 

@@ -1,0 +1,44 @@
+"""JSON that may be damaged: every way to be no JSON becomes one sentence.
+
+Under everything that reads a file which somebody may have cut off, edited or mixed up: maps, logs
+of loads, the files of a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+Refuse = Callable[[str], object]
+
+
+def parse_json(text: str, what: str = "this", parse_constant: Refuse | None = None) -> object:
+    """The value of a JSON text.
+
+    what: the subject of the sentence, such as "the expert map".
+    parse_constant: called for NaN and infinities, as by ``json.loads``; None takes them as floats.
+    Errors: ValueError, a sentence.
+    """
+    try:
+        return json.loads(text, parse_constant=parse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not valid JSON, or it was cut off: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply to be JSON of ours") from None
+    except ValueError as error:
+        # Python's own words about an integer that it will not convert; others are parse_constant's.
+        if "integer string conversion" not in str(error):
+            raise
+        raise ValueError(f"{what} holds a number of thousands of digits") from None
+
+
+def read_json(path: Path, what: str = "this", parse_constant: Refuse | None = None) -> object:
+    """The value of a JSON file. Errors: ValueError as ``parse_json``, also for bytes that are no
+    text; OSError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is neither JSON nor a log of loads (loads-*.bin)") from None
+    return parse_json(text, what, parse_constant)
