@@ -20,7 +20,7 @@ from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.moe_layer import find_layers
 from megatron_laep.recording import Recording
-from megatron_laep.routing_stats import PruningWindow, RoutingStats
+from megatron_laep.routing_stats import OpenWindow, PruningWindow, RoutingStats
 from megatron_laep.summary import summarize
 
 
@@ -240,6 +240,9 @@ class Job:
                 f"{self.expert_map.short_hash}, but no checkpoint was loaded through it; give --load"
             )
         self._stats = RoutingStats(find_layers(model))
+        if self._plan is not None:
+            # Only now it is known which stage holds which layer.
+            validation.check_plan(self._plan, args, self.config, stages=self._stats.stages)
         self._log_start_LE = self._stats.snapshot()
         if self.config.enabled and self.expert_map is None:
             self._begin_window(args.iteration)
@@ -259,9 +262,10 @@ class Job:
         if self._record is not None and self._record.window is not None:
             if self._record.window.start == start and iteration > start:
                 restored = self._record.window
-        self._window = PruningWindow(self._stats, start, restored)
-        if iteration == start and not self._window.is_open:
-            self._window.open()
+        length = self.config.resolved_window()
+        self._window = PruningWindow(self._stats, start, length, restored)
+        if iteration == start:
+            self._window.end_iteration(iteration)
 
     def log_loads(self, iteration: int, tensorboard: object, wandb: object) -> None:
         """Logs load imbalance since the last call. A collective."""
@@ -281,7 +285,7 @@ class Job:
     # -- pruning -------------------------------------------------------------------------------
 
     def end_iteration(self, iteration: int) -> bool:
-        """Opens and records windows when their time comes; True if it is time to prune.
+        """Opens, divides and records windows when their time comes; True if it is time to prune.
 
         A collective where a recorded window ends.
         """
@@ -289,8 +293,7 @@ class Job:
             self._recording.end_iteration(iteration)
         if self._window is None or self.expert_map is not None:
             return False
-        if iteration == self._window.start:
-            self._window.open()
+        self._window.end_iteration(iteration)
         return iteration == self.config.prune_iteration
 
     def end(self) -> None:
@@ -336,7 +339,7 @@ class Job:
             window = self._window.read(iteration)
         try:
             with events.timed("planned", iteration=iteration):
-                expert_map = self._agree_on_plan(window.tokens_LE, iteration, args)
+                expert_map = self._agree_on_plan(window, iteration, args)
         except ValueError as error:
             # Synchronous: nobody would be left to complete an asynchronous save.
             with checkpoint.overridden(args, async_save=False):
@@ -345,7 +348,7 @@ class Job:
                 f"{error}. Iteration {iteration} is saved unpruned in {args.save}: go on with a later "
                 "--laep-prune-iteration, or without the --laep flags"
             ) from error
-        self._report(expert_map, window.tokens_LE, model, args)
+        self._report(expert_map, window, model, args)
         self.expert_map, self.map_state, self.committing = expert_map, PENDING, True
         events.log(
             "commit_format",
@@ -365,12 +368,12 @@ class Job:
             self.committing = False
         return should_exit
 
-    def _agree_on_plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+    def _agree_on_plan(self, window: OpenWindow, iteration: int, args: Namespace) -> ExpertMap:
         """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
         outcome: list = [None, None]
         if events.is_rank_0():
             try:
-                outcome[0] = self._decide(tokens_LE, iteration, args).to_json()
+                outcome[0] = self._decide(window, iteration, args).to_json()
             except ValueError as error:
                 outcome[1] = str(error)
         torch.distributed.broadcast_object_list(outcome, src=0)
@@ -378,12 +381,12 @@ class Job:
             raise ValueError(f"pruning at iteration {iteration}: {outcome[1]}")
         return ExpertMap.from_json(outcome[0])
 
-    def _decide(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+    def _decide(self, window: OpenWindow, iteration: int, args: Namespace) -> ExpertMap:
         if self._plan is not None:
             # The experts are the file's; the loads, sizes and date are this job's.
             layers = tuple(
                 dataclasses.replace(layer, loads=tokens_E)
-                for layer, tokens_E in zip(self._plan.layers, tokens_LE, strict=True)
+                for layer, tokens_E in zip(self._plan.layers, window.tokens_LE, strict=True)
             )
             return dataclasses.replace(
                 self._plan,
@@ -393,20 +396,24 @@ class Job:
             )
         before = args.expert_model_parallel_size
         return planning.make_expert_map(
-            tokens_LE,
+            [tokens_LE for _, tokens_LE in window.parts],
             self._stats.layer_numbers,
             config=self.config,
             iteration=iteration,
             top_k=args.moe_router_topk,
             expert_parallel_size_before=before,
             expert_parallel_size_after=self.config.expert_model_parallel_size or before,
+            stages=self._stats.stages,
         )
 
-    def _report(self, expert_map: ExpertMap, tokens_LE, model, args: Namespace) -> None:
+    def _report(self, expert_map: ExpertMap, window: OpenWindow, model, args: Namespace) -> None:
         """Prints the table and writes it beside the checkpoint, for people and tools. A collective."""
         size = model_size.measure(model, find_layers(model), expert_map, args)
         summary = summarize(
-            expert_map, size, pipeline_parallel_size=args.pipeline_model_parallel_size
+            expert_map,
+            size,
+            pipeline_parallel_size=args.pipeline_model_parallel_size,
+            stages=self._stats.stages,
         )
         events.log_text(summary.format_table())
         if events.is_rank_0():
@@ -417,7 +424,12 @@ class Job:
                 "top_k": args.moe_router_topk,
                 "expert_parallel_size": args.expert_model_parallel_size,
                 "layer_numbers": list(self._stats.layer_numbers),
-                "tokens": [list(tokens_E) for tokens_E in tokens_LE],
+                "stages": list(self._stats.stages.values()),
+                "tokens": [list(tokens_E) for tokens_E in window.tokens_LE],
+                "parts": [
+                    {"last_iteration": last, "tokens": [row.tolist() for row in tokens_LE]}
+                    for last, tokens_LE in window.parts
+                ],
             }
             checkpoint.write_json(folder / "map.json", expert_map.to_dict())
             checkpoint.write_json(folder / "loads.json", loads)

@@ -179,7 +179,7 @@ def measure_parts(model: list, routes: dict[bool, Callable], options: argparse.N
     layers = find_layers(model)
     stats = RoutingStats(layers)
     start_LE = stats.snapshot()
-    readings = [seconds(stats.tokens_since, start_LE) for _ in range(50)]
+    readings = [seconds(stats.advance, start_LE) for _ in range(50)]
     parts: dict[str, Any] = {"reading": _quartiles(np.array(readings))}
     if layers:
         layer = next(iter(layers.values()))

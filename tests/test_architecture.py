@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
 PURE = (
+    "balancing",
     "config",
     "expert_map",
     "load_log",
@@ -17,7 +18,9 @@ PURE = (
     "planning",
     "pruning",
     "stability",
+    "stage_placement",
     "summary",
+    "window_parts",
     "cost_inputs",
     "cost_model",
     "tools.__main__",
