@@ -14,7 +14,7 @@ from megatron_laep.alpha import AlphaSpec
 from megatron_laep.schedule import DEFAULT_WINDOW, Leg
 from megatron_laep.stability import StabilityThresholds
 
-PLACEMENTS = ("greedy", "none")
+PLACEMENTS = ("balanced", "greedy", "none")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class LaepConfig:
     alpha: str = "0.4"
     beta: float = 0.1
     expert_multiple: int | None = None
-    placement: str = "greedy"
+    placement: str = "balanced"
+    allow_empty_ranks: bool = False
+    max_experts_per_rank_spread: int | None = None
     expert_model_parallel_size: int | None = None
     plan: str | None = None
     exit_after_prune: bool = False
@@ -118,6 +120,18 @@ class LaepConfig:
             raise ValueError(
                 f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
             )
+        spread = self.max_experts_per_rank_spread
+        if spread is not None:
+            if not isinstance(spread, int) or isinstance(spread, bool) or spread < 0:
+                raise ValueError(
+                    f"--laep-max-experts-per-rank-spread must be an integer of at least 0, got "
+                    f"{spread!r}"
+                )
+            if self.placement != "balanced":
+                raise ValueError(
+                    f"--laep-max-experts-per-rank-spread {spread} needs --laep-placement balanced: "
+                    f"{self.placement} does not look at the number of experts"
+                )
         if self.plan is not None and (not isinstance(self.plan, str) or not self.plan):
             raise ValueError(f"--laep-plan must be the path of a file, got {self.plan!r}")
         self.stability_thresholds()
@@ -125,9 +139,6 @@ class LaepConfig:
             self._check_windows()
         else:
             self._check_all_defaults()
-        multiple, ranks = self.expert_multiple, self.expert_model_parallel_size
-        if multiple is not None and ranks is not None:
-            check_multiple(multiple, ranks)
 
     def _check_windows(self) -> None:
         if self.window is not None and self.window > self.prune_iteration:
@@ -165,21 +176,6 @@ class LaepConfig:
 
 def _flag(name: str) -> str:
     return "--laep-" + name.replace("_", "-")
-
-
-def check_multiple(expert_multiple: int, expert_parallel_size: int) -> None:
-    """ValueError unless kept counts that are multiples of `expert_multiple` divide over the EP
-    ranks.
-
-    Megatron wants the same number of experts on every EP rank; uneven counts need more than a plan.
-    """
-    if expert_multiple % expert_parallel_size:
-        raise ValueError(
-            f"--laep-expert-multiple {expert_multiple} is not divisible by "
-            f"expert-model-parallel-size {expert_parallel_size} (after pruning): use "
-            f"--laep-expert-multiple {expert_parallel_size} or a multiple of it, or another "
-            "--laep-expert-model-parallel-size"
-        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -242,14 +238,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="M",
         default=defaults.expert_multiple,
         help="Round the number of experts that a layer keeps up to a multiple of M (default: the "
-        "expert-parallel size after pruning).",
+        "expert-parallel size after pruning). With a multiple of that size, each rank holds equally "
+        "many experts of a layer; with another one, such as 1, the ranks' counts may differ.",
     )
     group.add_argument(
         "--laep-placement",
         choices=PLACEMENTS,
         default=defaults.placement,
-        help="greedy: place the kept experts so that the expert-parallel ranks get even loads "
-        f"(LAEP Algorithm 2). none: keep their order (default: {defaults.placement}).",
+        help="balanced: place the kept experts so that the busiest expert-parallel rank has the "
+        "fewest tokens, mean over parts of the window. greedy: LAEP Algorithm 2. none: keep their "
+        f"order (default: {defaults.placement}).",
+    )
+    group.add_argument(
+        "--laep-allow-empty-ranks",
+        action="store_true",
+        default=defaults.allow_empty_ranks,
+        help="Where counts may differ, a rank may hold no expert of a layer, if it holds one of "
+        "another layer of its pipeline stage (default: at least one of each layer).",
+    )
+    group.add_argument(
+        "--laep-max-experts-per-rank-spread",
+        type=int,
+        metavar="S",
+        default=defaults.max_experts_per_rank_spread,
+        help="Where counts may differ: how many experts, over all layers of a pipeline stage, the "
+        "fullest rank may have more than the emptiest; 0 is taken for 1 where they do not divide "
+        "(default: the fullest rank at most 2 %% above the mean, or as near to it as whole experts "
+        "come).",
     )
     group.add_argument(
         "--laep-expert-model-parallel-size",

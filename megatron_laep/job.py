@@ -258,6 +258,9 @@ class Job:
                 f"{self.expert_map.short_hash}, but no checkpoint was loaded through it; give --load"
             )
         self._stats = RoutingStats(find_layers(model))
+        if self._plan is not None:
+            # Only now it is known which stage holds which layer.
+            validation.check_plan(self._plan, args, self.config, stages=self._stats.stages)
         self._log_start_LE = self._stats.snapshot()
         if self.config.enabled:
             self._begin_trigger(args)
@@ -306,6 +309,7 @@ class Job:
                 config=self.config,
                 top_k=args.moe_router_topk,
                 expert_parallel_size_after=self.config.expert_model_parallel_size or ranks,
+                stages=self._stats.stages,
             )
         blocks_LR = metrics.blocks_of_ranks(self.expert_map, self._stats.expert_counts, ranks)
         found = metrics.load_metrics(tokens_LE, layer_numbers, blocks_LR, kept_LK)
@@ -373,7 +377,7 @@ class Job:
         window = self._trigger.last_window
         try:
             with events.timed("planned", iteration=iteration):
-                expert_map = self._agree_on_plan(window.tokens_LE, iteration, args)
+                expert_map = self._agree_on_plan(window, iteration, args)
         except ValueError as error:
             # Synchronous: nobody would be left to complete an asynchronous save.
             with checkpoint.overridden(args, async_save=False):
@@ -403,21 +407,21 @@ class Job:
             self.committing = False
         return should_exit
 
-    def _agree_on_plan(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+    def _agree_on_plan(self, window: OpenWindow, iteration: int, args: Namespace) -> ExpertMap:
         """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
         try:
             return ExpertMap.from_json(
-                on_rank_0(lambda: self._decide(tokens_LE, iteration, args).to_json())
+                on_rank_0(lambda: self._decide(window, iteration, args).to_json())
             )
         except ValueError as error:
             raise ValueError(f"pruning at iteration {iteration}: {error}") from None
 
-    def _decide(self, tokens_LE, iteration: int, args: Namespace) -> ExpertMap:
+    def _decide(self, window: OpenWindow, iteration: int, args: Namespace) -> ExpertMap:
         if self._plan is not None:
             # The experts are the file's; the loads, sizes and date are this job's.
             layers = tuple(
                 dataclasses.replace(layer, loads=tokens_E)
-                for layer, tokens_E in zip(self._plan.layers, tokens_LE, strict=True)
+                for layer, tokens_E in zip(self._plan.layers, window.tokens_LE, strict=True)
             )
             return dataclasses.replace(
                 self._plan,
@@ -427,20 +431,24 @@ class Job:
             )
         before = args.expert_model_parallel_size
         return planning.make_expert_map(
-            tokens_LE,
+            [tokens_LE for _, tokens_LE in window.parts],
             self._stats.layer_numbers,
             config=self.config,
             iteration=iteration,
             top_k=args.moe_router_topk,
             expert_parallel_size_before=before,
             expert_parallel_size_after=self.config.expert_model_parallel_size or before,
+            stages=self._stats.stages,
         )
 
     def _report(self, expert_map: ExpertMap, window: OpenWindow, model, args: Namespace) -> None:
         """Prints the table and writes it beside the checkpoint, for people and tools. A collective."""
         size = model_size.measure(model, find_layers(model), expert_map, args)
         summary = summarize(
-            expert_map, size, pipeline_parallel_size=args.pipeline_model_parallel_size
+            expert_map,
+            size,
+            pipeline_parallel_size=args.pipeline_model_parallel_size,
+            stages=self._stats.stages,
         )
         events.log_text(summary.format_table())
         if events.is_rank_0():
@@ -451,7 +459,12 @@ class Job:
                 "top_k": args.moe_router_topk,
                 "expert_parallel_size": args.expert_model_parallel_size,
                 "layer_numbers": list(self._stats.layer_numbers),
+                "stages": list(self._stats.stages.values()),
                 "tokens": [list(tokens_E) for tokens_E in window.tokens_LE],
+                "parts": [
+                    {"last_iteration": last, "tokens": [row.tolist() for row in tokens_LE]}
+                    for last, tokens_LE in window.parts
+                ],
             }
             checkpoint.write_json(folder / "map.json", expert_map.to_dict())
             checkpoint.write_json(folder / "loads.json", loads)

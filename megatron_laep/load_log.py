@@ -11,6 +11,7 @@ ranks.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from megatron_laep.load_recorder import (
     token_counts,
 )
 from megatron_laep.placement import rank_loads
+from megatron_laep.window_parts import part_ends
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ class LoadLog:
     expert_parallel_sizes: int64 [W]; 0 where the file does not say.
     top_k: None where the file does not say.
     lineage, original_ids, experts_per_rank: as in ``LoadLogHeader``.
+    stages: the pipeline stage of each layer number; None where the file does not say.
+    decision_windows: how many of the last windows a decision rests on, if nobody says: 1, or all
+        that a job says it decided on.
     """
 
     source: str
@@ -56,6 +61,8 @@ class LoadLog:
     lineage: tuple[str, ...] = ()
     original_ids: tuple[tuple[int, ...], ...] = ()
     experts_per_rank: tuple[tuple[int, ...], ...] = ()
+    stages: dict[int, int] | None = None
+    decision_windows: int = 1
 
     @property
     def num_windows(self) -> int:
@@ -79,11 +86,30 @@ class LoadLog:
 
         Errors: ValueError if there are not so many.
         """
+        self._check_windows(windows)
+        return self.rows(self.tokens_WLE[-windows:].sum(axis=0))
+
+    def parts(self, windows: int) -> list[list[np.ndarray]]:
+        """The same in up to four parts of about equal length, as a job sees its pruning window.
+
+        Returns: [parts][L] arrays [E]. A recorded window is in the part in which it ends.
+        Errors: ValueError if there are not so many windows.
+        """
+        self._check_windows(windows)
+        start = int(self.first_iterations[-windows]) - 1
+        ends = part_ends(start, int(self.last_iterations[-1]) - start)
+        part_W = [bisect.bisect_left(ends, last) for last in self.last_iterations[-windows:]]
+        # Long windows, or gaps between them, can leave a part without one.
+        return [
+            self.rows(self.tokens_WLE[-windows:][np.equal(part_W, part)].sum(axis=0))
+            for part in sorted(set(part_W))
+        ]
+
+    def _check_windows(self, windows: int) -> None:
         if not 1 <= windows <= self.num_windows:
             raise ValueError(
                 f"{self.source} holds {self.num_windows} windows: the last {windows} were asked for"
             )
-        return self.rows(self.tokens_WLE[-windows:].sum(axis=0))
 
     def until(self, iteration: int) -> LoadLog:
         """The windows that ended at ``iteration`` or before: what a job resumed there has seen.
@@ -102,6 +128,7 @@ class LoadLog:
             last_iterations=self.last_iterations[seen],
             tokens_WLE=self.tokens_WLE[seen],
             expert_parallel_sizes=self.expert_parallel_sizes[seen],
+            decision_windows=min(self.decision_windows, int(seen.sum())),
         )
 
     def rank_tokens(self, index: int, expert_parallel_size: int | None = None) -> np.ndarray:
@@ -241,8 +268,14 @@ def _from_json(data: object, path: Path) -> LoadLog:
         for name in ("top_k", "expert_parallel_size")
         if data.get(name) is not None
     }
+    stages = None
+    if data.get("stages") is not None:
+        of_layers = checked_integers(data["stages"], "stages", minimum=0)
+        if len(of_layers) != len(numbers):
+            raise ValueError(f"there are {len(of_layers)} stages for {len(numbers)} layers")
+        stages = dict(zip(numbers, of_layers, strict=True))
     last_iterations = np.array(lasts, dtype=np.int64)
-    return _checked(
+    log = _checked(
         LoadLog(
             source=str(path),
             layer_numbers=numbers,
@@ -252,6 +285,36 @@ def _from_json(data: object, path: Path) -> LoadLog:
             tokens_WLE=tokens,
             expert_parallel_sizes=np.full(len(lasts), optional.get("expert_parallel_size", 0)),
             top_k=optional.get("top_k"),
+            stages=stages,
+        )
+    )
+    return _in_parts(log, data["parts"]) if data.get("parts") else log
+
+
+def _in_parts(log: LoadLog, parts: object) -> LoadLog:
+    """A job's decision window as the parts that it was decided on: objects of `last_iteration` and
+    `tokens`."""
+    fields = {"last_iteration", "tokens"}
+    if log.num_windows != 1 or not isinstance(parts, list):
+        raise ValueError("parts must be a list, of the one window that tokens are of")
+    if any(not isinstance(part, dict) or not fields <= set(part) for part in parts):
+        raise ValueError("each of the parts must have the fields last_iteration and tokens")
+    lasts = checked_integers(
+        [part["last_iteration"] for part in parts], "the last iterations of the parts", minimum=1
+    )
+    tokens, sizes = _padded([part["tokens"] for part in parts], log.layer_numbers, lasts)
+    whole = log.tokens_WLE[0]
+    if sizes != log.expert_counts or (tokens.sum(axis=0) != whole).any():
+        raise ValueError("the tokens of the parts do not sum up to tokens: the file was edited")
+    last_iterations = np.array(lasts, dtype=np.int64)
+    return _checked(
+        replace(
+            log,
+            first_iterations=np.array([log.first_iterations[0], *(last_iterations[:-1] + 1)]),
+            last_iterations=last_iterations,
+            tokens_WLE=tokens,
+            expert_parallel_sizes=np.repeat(log.expert_parallel_sizes, len(lasts)),
+            decision_windows=len(lasts),
         )
     )
 

@@ -11,6 +11,7 @@ of all layers in one row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,6 +178,7 @@ def experts_kept_now(
     config: LaepConfig,
     top_k: int,
     expert_parallel_size_after: int,
+    stages: Mapping[int, int] | None = None,
 ) -> list[np.ndarray]:
     """For each layer, ids that would stay if the job pruned on these tokens by its own rules.
 
@@ -184,6 +186,8 @@ def experts_kept_now(
     Arguments and errors otherwise: as of ``planning.make_expert_map``.
     """
     alpha = AlphaSpec.parse(config.alpha)
+    stage_of = stages or dict.fromkeys(layer_numbers, 0)
+    layers_of_stage = Counter(stage_of.values())
     return [
         kept_experts(
             tokens_E,
@@ -191,6 +195,7 @@ def experts_kept_now(
             config=config,
             top_k=top_k,
             expert_parallel_size_after=expert_parallel_size_after,
+            layers_of_stage=layers_of_stage[stage_of[number]],
         )
         if tokens_E.any()
         else np.arange(tokens_E.size)

@@ -1,72 +1,58 @@
-"""LAEP Algorithm 2: where the experts live that stay.
+"""LAEP Algorithm 2: where the experts live that stay; and how even a placement is.
 
-Third step of the plan: the order in which `planning` writes the kept experts into the map, block by
-block, is their placement on the expert-parallel (EP) ranks. Pure functions on integers.
+Third step of the plan: `stage_placement` starts from Algorithm 2, `planning` writes the kept
+experts into the map, block by block. Pure functions on integers.
 
 Shape suffixes: K kept experts of a layer, R groups (EP ranks).
 
-Source: LAEP (arXiv 2601.14327), Algorithm 2. Ours: the order of ties, and an error where the
-printed algorithm would not end.
+Source: LAEP (arXiv 2601.14327), Algorithm 2. Ours: the order of ties, and what happens where the
+printed algorithm would not end (groups that differ by one expert).
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_laep.config import PLACEMENTS
 from megatron_laep.pruning import checked_loads
 
 
-def greedy_groups(loads_K: object, num_groups: int) -> list[np.ndarray]:
-    """Algorithm 2: experts in `num_groups` groups of equal size, with about equal summed loads.
+def greedy_ranks(loads_K: object, num_ranks: int, *, equal: bool = True) -> np.ndarray:
+    """Algorithm 2: for each expert its rank, so that the ranks' summed loads are about equal.
 
-    The experts, busiest first (ties: lower id first), go one by one into the group with the
-    smallest summed load among those that still hold fewer than K / R experts (ties: lower group).
+    The experts, busiest first (ties: lower id first), go one by one to the rank with the smallest
+    summed load among those that still have room (ties: lower rank).
 
     loads_K: tokens per expert [K], integers.
-    Returns: R int64 arrays of K / R positions in `loads_K` each, in the order of arrival.
-    Errors: ValueError for unusable loads, or if K is not divisible by R.
+    equal: each rank has room for K / R experts; if K is not divisible, for one more on the first
+        K % R ranks that take it. Otherwise there is no such limit, and of ranks with equal loads
+        the one with fewer experts comes first, so that none stays empty while there are enough.
+    Returns: int64 [K].
+    Errors: ValueError for unusable loads, or fewer than one rank.
     """
     loads = checked_loads(loads_K)
-    capacity = _capacity(loads.size, num_groups)
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    sums = [0] * num_groups
+    if num_ranks < 1:
+        raise ValueError(f"the number of ranks must be at least 1, got {num_ranks}")
+    room, one_more = divmod(loads.size, num_ranks)
+    rank_K = np.empty(loads.size, dtype=np.int64)
+    counts = [0] * num_ranks
+    # Of each rank that may have room: summed load, its experts if these decide ties, its number.
+    waiting = [(0, 0, rank) for rank in range(num_ranks)]
     for expert in np.argsort(-loads, kind="stable").tolist():
-        open_groups = (i for i in range(num_groups) if len(groups[i]) < capacity)
-        lightest = min(open_groups, key=lambda i: (sums[i], i))
-        groups[lightest].append(expert)
-        sums[lightest] += int(loads[expert])
-    return [np.array(group, dtype=np.int64) for group in groups]
-
-
-def place(loads_K: object, num_groups: int, method: str) -> np.ndarray:
-    """The order [K] in which experts are written into `num_groups` equal blocks.
-
-    loads_K: tokens per expert [K], integers.
-    method: "greedy" for Algorithm 2, "none" for the order as it is.
-    Returns: int64 positions in `loads_K`; entry i is the expert at the new place i.
-    Errors: ValueError for unusable loads, another method, or if K is not divisible by R.
-    """
-    if method not in PLACEMENTS:
-        raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {method!r}")
-    if method == "greedy":
-        return np.concatenate(greedy_groups(loads_K, num_groups))
-    loads = checked_loads(loads_K)
-    _capacity(loads.size, num_groups)
-    return np.arange(loads.size, dtype=np.int64)
-
-
-def _capacity(num_experts: int, num_groups: int) -> int:
-    if num_groups < 1:
-        raise ValueError(f"the number of groups must be at least 1, got {num_groups}")
-    if num_experts % num_groups:
-        raise ValueError(
-            f"{num_experts} experts are not divisible by {num_groups} groups: equal groups need a "
-            f"multiple of {num_groups} experts"
-        )
-    return num_experts // num_groups
+        total, _, rank = heapq.heappop(waiting)
+        while equal and counts[rank] == room:
+            if one_more:
+                one_more -= 1
+                break
+            total, _, rank = heapq.heappop(waiting)
+        rank_K[expert] = rank
+        counts[rank] += 1
+        if not equal or counts[rank] <= room:
+            tie = 0 if equal else counts[rank]
+            heapq.heappush(waiting, (total + int(loads[expert]), tie, rank))
+    return rank_K
 
 
 def rank_loads(loads_K: Sequence[int], experts_per_rank: Sequence[int]) -> np.ndarray:
@@ -90,3 +76,13 @@ def imbalance(loads_R: Sequence[int]) -> float:
     """
     loads = checked_loads(loads_R)
     return int(loads.max()) * loads.size / int(loads.sum())
+
+
+def imbalance_bound(loads_K: Sequence[int], num_ranks: int) -> float:
+    """What no placement of these experts goes below: max(1, hottest expert / mean rank).
+
+    Above 1, one expert alone has more tokens than a rank's fair share.
+    Errors: ValueError if all loads are zero.
+    """
+    loads = checked_loads(loads_K)
+    return max(1.0, int(loads.max()) * num_ranks / int(loads.sum()))

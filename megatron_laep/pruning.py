@@ -12,6 +12,7 @@ rounding up to a multiple, the minimum.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -26,6 +27,33 @@ def checked_loads(loads_E: object) -> np.ndarray:
     (counts are integers, so a float comes from a mistake on the way), NaN, negative counts, all
     zero, or a sum beyond int64.
     """
+    return checked_windows([loads_E])[0]
+
+
+def checked_windows(loads_WE: Sequence[object]) -> np.ndarray:
+    """Loads of several windows as int64 [W, E], if a decision can rest on their sum.
+
+    A window may be without tokens.
+    Errors: ValueError as `checked_loads`, or if the windows have different numbers of experts.
+    """
+    rows = [_checked_row(loads_E) for loads_E in loads_WE]
+    sizes = {row.size for row in rows}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the windows have loads of {' and '.join(map(str, sorted(sizes)))} experts: they are "
+            "of different models"
+        )
+    total = sum(sum(row.tolist()) for row in rows)  # Python integers: this sum cannot overflow
+    if total == 0:
+        raise ValueError(
+            f"the loads of all {rows[0].size} experts are zero: no token was counted in the window"
+        )
+    if total > _INT64_MAX:
+        raise ValueError(f"the loads sum to {total}, more than 64-bit integers hold")
+    return np.array([row.astype(np.int64) for row in rows])
+
+
+def _checked_row(loads_E: object) -> np.ndarray:
     try:
         loads = np.asarray(loads_E)
     except ValueError:
@@ -40,14 +68,7 @@ def checked_loads(loads_E: object) -> np.ndarray:
         raise ValueError(f"loads must be integer token counts, got values of type {loads.dtype}")
     if loads.min() < 0:
         raise ValueError(f"the load of expert {int(loads.argmin())} is negative: {loads.min()}")
-    total = sum(loads.tolist())  # Python integers: this sum cannot overflow
-    if total == 0:
-        raise ValueError(
-            f"the loads of all {loads.size} experts are zero: no token was counted in the window"
-        )
-    if total > _INT64_MAX:
-        raise ValueError(f"the loads sum to {total}, more than 64-bit integers hold")
-    return loads.astype(np.int64)
+    return loads
 
 
 def exact_decimal(number: float) -> Fraction:

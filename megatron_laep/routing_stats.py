@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
 from megatron_laep.moe_layer import LaepMoELayer
+from megatron_laep.window_parts import part_ends
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,24 @@ class OpenWindow:
         start: the window holds iterations ``start + 1`` to ``end``.
         end: last iteration counted.
         tokens_LE: tokens of each layer's experts, rows of ``RoutingStats.layer_numbers``, int64.
+        marks: (iteration, tokens_LE up to it) at the end of each part of the window that is over.
     """
 
     start: int
     end: int
     tokens_LE: tuple[tuple[int, ...], ...]
+    marks: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[int, list[np.ndarray]]]:
+        """The parts of the window: last iteration, and tokens in it: for each layer int64 [E]."""
+        parts = []
+        before_LE = [np.zeros(len(row), dtype=np.int64) for row in self.tokens_LE]
+        for last, tokens_LE in (*self.marks, (self.end, self.tokens_LE)):
+            now_LE = [np.array(row, dtype=np.int64) for row in tokens_LE]
+            parts.append((last, [now - was for now, was in zip(now_LE, before_LE, strict=True)]))
+            before_LE = now_LE
+        return parts
 
 
 class RoutingStats:
@@ -39,17 +54,24 @@ class RoutingStats:
 
     Args:
         layers: this rank's layers by layer number.
+
+    Attributes:
+        layer_numbers: of all layers, ascending.
+        expert_counts: experts of each layer by number.
+        stages: the pipeline stage of each layer by number.
     """
 
     def __init__(self, layers: dict[int, LaepMoELayer]) -> None:
         self._layers = layers
         shapes: list = [None] * torch.distributed.get_world_size()
-        own = {n: layer.config.num_moe_experts for n, layer in layers.items()}
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        own = {n: (layer.config.num_moe_experts, stage) for n, layer in layers.items()}
         torch.distributed.all_gather_object(shapes, own)
-        merged: dict[int, int] = {}
+        merged: dict[int, tuple[int, int]] = {}
         for shape in shapes:
             merged.update(shape)
-        self.expert_counts = dict(sorted(merged.items()))
+        self.expert_counts = {number: merged[number][0] for number in sorted(merged)}
+        self.stages = {number: merged[number][1] for number in sorted(merged)}
         self.layer_numbers = tuple(self.expert_counts)
 
     def snapshot(self) -> torch.Tensor:
@@ -69,58 +91,82 @@ class RoutingStats:
                 counts_LE[row, : counts_E.numel()] = counts_E
         return counts_LE
 
-    def tokens_since(self, start_LE: torch.Tensor) -> list[np.ndarray]:
-        """All ranks' tokens since a snapshot: for each layer int64 [E], on the host, on every rank.
-
-        A collective over the default group.
-        """
-        return self.advance(start_LE)[0]
-
     def advance(self, start_LE: torch.Tensor) -> tuple[list[np.ndarray], torch.Tensor]:
-        """``tokens_since`` a snapshot, and the snapshot from which the next interval counts."""
+        """All ranks' tokens since a snapshot, and the snapshot from which the next interval counts.
+
+        The tokens: for each layer int64 [E], on the host, on every rank. A collective over the
+        default group.
+        """
         now_LE = self.snapshot()
-        delta_LE = now_LE - start_LE
-        torch.distributed.all_reduce(delta_LE)
-        tokens_LE = delta_LE.cpu().numpy()
-        tokens = [
-            tokens_E[:count]
-            for tokens_E, count in zip(tokens_LE, self.expert_counts.values(), strict=True)
+        return self.total((now_LE - start_LE)[None])[0], now_LE
+
+    def total(self, counts_PLE: torch.Tensor) -> list[list[np.ndarray]]:
+        """Differences of snapshots, summed over all ranks: for each, for each layer int64 [E].
+
+        On the host, on every rank; the tensor is overwritten. One collective over the default group
+        for all of them.
+        """
+        torch.distributed.all_reduce(counts_PLE)
+        return [
+            [
+                tokens_E[:count]
+                for tokens_E, count in zip(tokens_LE, self.expert_counts.values(), strict=True)
+            ]
+            for tokens_LE in counts_PLE.cpu().numpy()
         ]
-        return tokens, now_LE
 
 
 class PruningWindow:
     """A window that a pruning may be decided on: iterations ``start + 1`` to its end (``trigger``).
 
-    It survives a restart: a save inside the window stores what was counted so far, for all ranks
-    together, and a relaunch, also with another number of ranks, adds to that.
+    At the end of each of its parts it keeps the counters, on the device: the placement looks at how
+    the loads fluctuate. It survives a restart: a save inside the window stores what was counted so
+    far, for all ranks together, and a relaunch, also with another number of ranks, adds to that.
+
+    Args:
+        stats: the counters.
+        start, length: in iterations.
+        restored: what an earlier run counted in the same window, if this one goes on with it.
     """
 
-    def __init__(self, stats: RoutingStats, start: int, restored: OpenWindow | None = None) -> None:
+    def __init__(
+        self, stats: RoutingStats, start: int, length: int, restored: OpenWindow | None = None
+    ) -> None:
         self._stats = stats
         self.start = start
+        self._part_ends = part_ends(start, length)
         self._restored = restored
-        self._start_LE: torch.Tensor | None = None
+        # Iteration and counters: where this run begins to count, then the ends of parts.
+        self._snapshots: list[tuple[int, torch.Tensor]] = []
         if restored is not None:
-            self._start_LE = stats.snapshot()
+            self._snapshots.append((restored.end, stats.snapshot()))
 
     @property
     def is_open(self) -> bool:
-        return self._start_LE is not None
+        return bool(self._snapshots)
 
-    def open(self) -> None:
-        self._start_LE = self._stats.snapshot()
+    def end_iteration(self, iteration: int) -> None:
+        """Opens the window and closes its parts when their time comes. No synchronisation."""
+        opens = iteration == self.start and not self.is_open
+        if opens or (self.is_open and iteration in self._part_ends):
+            self._snapshots.append((iteration, self._stats.snapshot()))
 
     def read(self, iteration: int) -> OpenWindow:
         """What was counted up to and including ``iteration``. A collective over the default group."""
-        tokens = self._stats.tokens_since(self._start_LE)
+        (_, start_LE), *ends = self._snapshots
+        if not ends or ends[-1][0] < iteration:
+            ends.append((iteration, self._stats.snapshot()))
+        counted = self._stats.total(torch.stack([now_LE for _, now_LE in ends]) - start_LE)
+        marks = {}
         if self._restored is not None:
-            tokens = [
-                now + np.asarray(before, dtype=np.int64)
-                for now, before in zip(tokens, self._restored.tokens_LE, strict=True)
+            before = self._restored
+            marks = dict((*before.marks, (before.end, before.tokens_LE)))
+            counted = [
+                [tokens_E + np.array(row) for tokens_E, row in zip(rows, before.tokens_LE)]
+                for rows in counted
             ]
-        return OpenWindow(
-            start=self.start,
-            end=iteration,
-            tokens_LE=tuple(tuple(int(t) for t in tokens_E) for tokens_E in tokens),
-        )
+        for (end, _), rows in zip(ends, counted, strict=True):
+            marks[end] = tuple(tuple(tokens_E.tolist()) for tokens_E in rows)
+        tokens_LE = marks.pop(iteration)
+        kept = ((end, rows) for end, rows in marks.items() if end in self._part_ends)
+        return OpenWindow(self.start, iteration, tokens_LE, tuple(kept))

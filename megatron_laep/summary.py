@@ -6,13 +6,16 @@ gives them as text for the console and as a JSON-able dict for tools. Decides no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from tabulate import tabulate
 
 from megatron_laep.expert_map import ExpertMap, LayerMap
-from megatron_laep.placement import imbalance, rank_loads
+from megatron_laep.placement import imbalance, imbalance_bound, rank_loads
+
+# So many ranks fit into a line of the table one by one.
+LISTED_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class LayerRow:
     imbalance_before, imbalance_after: load of the busiest expert-parallel rank / mean of the ranks.
         After counts the kept experts' own tokens: if the re-routed tokens are shared out in
         proportion to these, which is the neutral guess, the ratio stays what it is.
+    imbalance_bound: no placement of the kept experts brings imbalance_after below it. Above 1, one
+        expert alone has more tokens than a rank's fair share.
+    distance_from_bound: imbalance_after / imbalance_bound; 1.0 is the best there is.
+    hottest_expert: old id of the kept expert with the most tokens.
     """
 
     layer_number: int
@@ -53,6 +60,25 @@ class LayerRow:
     tokens_rerouted_percent: float | None
     imbalance_before: float | None
     imbalance_after: float | None
+    imbalance_bound: float | None
+    distance_from_bound: float | None
+    hottest_expert: int | None
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What the ranks of one pipeline stage hold after pruning; lists of one number a rank.
+
+    experts_per_rank: over all layers of the stage; the memory of a rank goes with it.
+    spread: the most of these minus the fewest.
+    load_percent_per_rank: share of the kept experts' own tokens; None if a layer's are unknown.
+    """
+
+    stage: int
+    layer_numbers: tuple[int, ...]
+    experts_per_rank: tuple[int, ...]
+    spread: int
+    load_percent_per_rank: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,7 @@ class PruningSummary:
     """
 
     rows: tuple[LayerRow, ...]
+    stages: tuple[StageRow, ...]
     expert_map_hash: str
     iteration: int
     experts_before: int
@@ -82,8 +109,9 @@ class PruningSummary:
     def to_dict(self) -> dict[str, object]:
         """JSON-able dict: the fields, rows as dicts."""
         values = asdict(self)
-        values["rows"] = list(values["rows"])
-        return values
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
 
     def format_table(self) -> str:
         """The table as text, all layers, then the totals; lines without trailing newline."""
@@ -96,6 +124,8 @@ class PruningSummary:
                     _fixed(row.tokens_rerouted_percent, 2),
                     _fixed(row.imbalance_before, 3),
                     _fixed(row.imbalance_after, 3),
+                    _fixed(row.imbalance_bound, 3) + ("*" if _too_hot(row) else " "),
+                    _fixed(row.distance_from_bound, 3),
                 )
                 for row in self.rows
             ],
@@ -106,6 +136,8 @@ class PruningSummary:
                 "tokens\nre-routed %",
                 "busiest rank\n/ mean before",
                 "busiest rank\n/ mean after",
+                "bound ",
+                "after\n/ bound",
             ),
             disable_numparse=True,
             stralign="right",
@@ -127,14 +159,51 @@ class PruningSummary:
                     f"{binary(self.memory_freed_bytes_per_rank)} (mean over the ranks)",
                 ),
             ]
-        return f"{table}\n\n{tabulate(totals, tablefmt='plain', disable_numparse=True)}"
+        if any(_too_hot(row) for row in self.rows):
+            table += (
+                "\n* one expert alone has more tokens than a rank's fair share: no placement goes "
+                "below the bound"
+            )
+        return "\n\n".join(
+            (
+                table,
+                self._format_stages(),
+                tabulate(totals, tablefmt="plain", disable_numparse=True),
+            )
+        )
+
+    def _format_stages(self) -> str:
+        return tabulate(
+            [
+                (
+                    row.stage,
+                    len(row.layer_numbers),
+                    _listed([str(count) for count in row.experts_per_rank], key=int),
+                    row.spread,
+                    "-"
+                    if row.load_percent_per_rank is None
+                    else _listed(
+                        [_fixed(share, 1) for share in row.load_percent_per_rank], key=float
+                    ),
+                )
+                for row in self.stages
+            ],
+            headers=("stage", "layers", "experts on the ranks", "spread", "tokens on the ranks, %"),
+            disable_numparse=True,
+            stralign="right",
+        )
 
 
 def summarize(
-    expert_map: ExpertMap, size: ModelSize | None, *, pipeline_parallel_size: int = 1
+    expert_map: ExpertMap,
+    size: ModelSize | None,
+    *,
+    pipeline_parallel_size: int = 1,
+    stages: Mapping[int, int] | None = None,
 ) -> PruningSummary:
     """Rows and totals for a map.
 
+    stages: the pipeline stage of each layer number; None if all are in one, or unknown.
     size: None if it is unknown, as for a tool that has only loads.
     pipeline_parallel_size: pipeline stages that the layers are spread over; only the memory per
         rank depends on it.
@@ -148,6 +217,7 @@ def summarize(
     known = [layer for layer in expert_map.layers if layer.loads]
     return PruningSummary(
         rows=tuple(_row(layer, ranks_before) for layer in expert_map.layers),
+        stages=_stage_rows(expert_map, stages or dict.fromkeys(expert_map.layer_numbers, 0)),
         expert_map_hash=expert_map.hash,
         iteration=expert_map.iteration,
         experts_before=experts_before,
@@ -186,7 +256,7 @@ def _sizes(
 
 
 def _row(layer: LayerMap, ranks_before: int) -> LayerRow:
-    rerouted = before = after = None
+    rerouted = before = after = bound = hottest = None
     if layer.loads:
         rerouted = _percent(_rerouted(layer), sum(layer.loads))
         if layer.experts_before % ranks_before == 0:
@@ -194,6 +264,9 @@ def _row(layer: LayerMap, ranks_before: int) -> LayerRow:
             before = _imbalance(layer.loads, (block,) * ranks_before)
         kept_loads = [layer.loads[old_expert_id] for old_expert_id in layer.kept]
         after = _imbalance(kept_loads, layer.experts_per_rank)
+        if after is not None:
+            bound = imbalance_bound(kept_loads, len(layer.experts_per_rank))
+            hottest = max(layer.kept, key=lambda expert: (layer.loads[expert], -expert))
     return LayerRow(
         layer_number=layer.layer_number,
         experts_before=layer.experts_before,
@@ -201,7 +274,46 @@ def _row(layer: LayerMap, ranks_before: int) -> LayerRow:
         tokens_rerouted_percent=rerouted,
         imbalance_before=before,
         imbalance_after=after,
+        imbalance_bound=bound,
+        distance_from_bound=None if bound is None else after / bound,
+        hottest_expert=hottest,
     )
+
+
+def _stage_rows(expert_map: ExpertMap, stages: Mapping[int, int]) -> tuple[StageRow, ...]:
+    rows = []
+    for stage in sorted(set(stages.values())):
+        layers = [layer for layer in expert_map.layers if stages[layer.layer_number] == stage]
+        counts = [sum(column) for column in zip(*(x.experts_per_rank for x in layers), strict=True)]
+        shares = None
+        if all(layer.loads for layer in layers):
+            tokens = sum(
+                rank_loads([layer.loads[i] for i in layer.kept], layer.experts_per_rank)
+                for layer in layers
+            )
+            if tokens.any():
+                shares = tuple((100 * tokens / tokens.sum()).tolist())
+        rows.append(
+            StageRow(
+                stage=stage,
+                layer_numbers=tuple(layer.layer_number for layer in layers),
+                experts_per_rank=tuple(counts),
+                spread=max(counts) - min(counts),
+                load_percent_per_rank=shares,
+            )
+        )
+    return tuple(rows)
+
+
+def _too_hot(row: LayerRow) -> bool:
+    return row.imbalance_bound is not None and row.imbalance_bound > 1
+
+
+def _listed(values: Sequence[str], key: Callable[[str], float]) -> str:
+    """All values if they fit into a line, else the range of them."""
+    if len(values) <= LISTED_RANKS:
+        return " ".join(values)
+    return f"{min(values, key=key)} to {max(values, key=key)}"
 
 
 def _rerouted(layer: LayerMap) -> int:

@@ -47,9 +47,9 @@ class Trigger:
         start = leg.position(iteration, begun and begun.start)
         usable = leg.continued([(window.start, window.end) for window in ended], start)
         self._ended = ended[len(ended) - usable :]
-        self._window = PruningWindow(stats, start, begun if start < iteration else None)
+        self._window = PruningWindow(stats, start, leg.window, begun if start < iteration else None)
         if iteration == start:
-            self._window.open()
+            self._window.end_iteration(iteration)
 
     @property
     def last_window(self) -> OpenWindow:
@@ -61,16 +61,15 @@ class Trigger:
         return self._ended, self._window.read(iteration) if self._window.is_open else None
 
     def end_iteration(self, iteration: int) -> Verdict:
-        """Begins, ends and judges windows when their time comes. A collective at a window's end."""
-        if iteration == self._window.start:
-            self._window.open()
+        """Begins, divides, ends and judges windows when their time comes. A collective at a window's end."""
+        self._window.end_iteration(iteration)
         if iteration < self._window.start + self._leg.window:
             return Verdict.WAIT
         with events.timed("window_closed", iteration=iteration, window=self._leg.window):
             window = self._window.read(iteration)
         self._ended = (*self._ended, window)[-self._leg.needed :]
-        self._window = PruningWindow(self._stats, iteration)
-        self._window.open()
+        self._window = PruningWindow(self._stats, iteration, self._leg.window)
+        self._window.end_iteration(iteration)
         if iteration < self._leg.end and not self._config.prune_when_stable:
             return Verdict.WAIT
         return on_rank_0(lambda: self._decide(iteration))

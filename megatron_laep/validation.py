@@ -6,6 +6,7 @@ Every complaint is a ``ValueError`` with the flag, what was given, what is wante
 
 import math
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
@@ -13,7 +14,7 @@ from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatch
 from megatron_laep import planning
 from megatron_laep.alpha import AlphaSpec
 from megatron_laep.checkpoint import Record
-from megatron_laep.config import LaepConfig, check_multiple
+from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 
 
@@ -346,7 +347,6 @@ def _check_sizes(args: Namespace, config: LaepConfig) -> None:
             "smaller size"
         )
     multiple = config.expert_multiple or size
-    check_multiple(multiple, size)
     if args.num_experts % multiple:
         raise ValueError(
             f"--laep-expert-multiple {multiple} does not divide --num-experts {args.num_experts}, "
@@ -391,6 +391,21 @@ def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
         expert_map = ExpertMap.from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--laep-plan {path}: {error}") from error
+    check_plan(expert_map, args, config)
+    return expert_map
+
+
+def check_plan(
+    expert_map: ExpertMap,
+    args: Namespace,
+    config: LaepConfig,
+    stages: Mapping[int, int] | None = None,
+) -> None:
+    """Whether the map of ``--laep-plan`` fits the job.
+
+    Args:
+        stages: the pipeline stage of each layer number; None while it is not known.
+    """
     size = config.expert_model_parallel_size or args.expert_model_parallel_size
     try:
         planning.check_plan(
@@ -399,10 +414,11 @@ def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
             num_experts=args.num_experts,
             top_k=args.moe_router_topk,
             expert_parallel_size=size,
+            allow_empty_ranks=config.allow_empty_ranks,
+            stages=stages,
         )
     except ValueError as error:
-        raise ValueError(f"--laep-plan {path}: {error}") from error
-    return expert_map
+        raise ValueError(f"--laep-plan {config.plan}: {error}") from error
 
 
 def check_model(record: Record, args: Namespace, where: object) -> None:

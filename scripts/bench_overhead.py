@@ -253,7 +253,7 @@ def measure_parts(subject: Counting | Dispatcher, options: argparse.Namespace) -
     layers = subject.layers
     stats = RoutingStats(layers)
     start_LE = stats.snapshot()
-    readings = [seconds(stats.tokens_since, start_LE) for _ in range(50)]
+    readings = [seconds(stats.advance, start_LE) for _ in range(50)]
     parts: dict[str, Any] = {"reading": _quartiles(np.array(readings))}
     if layers:
         layer = next(iter(layers.values()))

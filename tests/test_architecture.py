@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
 PURE = (
     "alpha",
+    "balancing",
     "config",
     "expert_map",
     "load_log",
@@ -21,7 +22,9 @@ PURE = (
     "decision_log",
     "schedule",
     "stability",
+    "stage_placement",
     "summary",
+    "window_parts",
     "cost_inputs",
     "cost_model",
     "tools.__main__",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_laep.config import LaepConfig, add_arguments, check_multiple
+from megatron_laep.config import LaepConfig, add_arguments
 from megatron_laep.stability import StabilityThresholds
 
 
@@ -134,12 +134,18 @@ def test_too_few_windows_to_tell(settings, message):
         ({"beta": "0.1"}, "--laep-beta must be a number .* got '0.1'"),
         ({"expert_multiple": 0}, "--laep-expert-multiple .* got 0"),
         ({"expert_multiple": -8}, "--laep-expert-multiple .* got -8"),
-        ({"placement": "best"}, "--laep-placement must be one of greedy, none, got 'best'"),
+        (
+            {"placement": "best"},
+            "--laep-placement must be one of balanced, greedy, none, got 'best'",
+        ),
         ({"expert_model_parallel_size": 0}, "--laep-expert-model-parallel-size .* got 0"),
         (
-            {"expert_multiple": 6, "expert_model_parallel_size": 4},
-            "--laep-expert-multiple 6 is not divisible by expert-model-parallel-size 4.*"
-            "--laep-expert-multiple 4",
+            {"max_experts_per_rank_spread": -1},
+            "--laep-max-experts-per-rank-spread must be an integer of at least 0, got -1",
+        ),
+        (
+            {"max_experts_per_rank_spread": 2, "placement": "greedy"},
+            "--laep-max-experts-per-rank-spread 2 needs --laep-placement balanced: greedy",
         ),
         ({"plan": ""}, "--laep-plan must be the path of a file, got ''"),
         ({"plan": 3}, "--laep-plan .* got 3"),
@@ -152,6 +158,11 @@ def test_too_few_windows_to_tell(settings, message):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         LaepConfig(**{"prune_iteration": 10, **settings}).validate()
+
+
+def test_uneven_counts_are_allowed():
+    settings = {"expert_multiple": 1, "expert_model_parallel_size": 4, "allow_empty_ranks": True}
+    LaepConfig(prune_iteration=10, max_experts_per_rank_spread=0, **settings).validate()
 
 
 @pytest.mark.parametrize("beta", [0, 0.0, 1, 1.0])
@@ -170,17 +181,9 @@ def test_both_ends_of_beta_are_allowed(beta):
         ({"prune_when_stable": True}, "--laep-prune-when-stable"),
         ({"require_stable": True}, "--laep-require-stable"),
         ({"stability_share": 0.5}, "--laep-stability-share"),
+        ({"allow_empty_ranks": True}, "--laep-allow-empty-ranks"),
     ],
 )
 def test_settings_that_would_do_nothing(settings, flag):
     with pytest.raises(ValueError, match=f"{flag} is given without --laep-prune-iteration"):
         LaepConfig(**settings).validate()
-
-
-def test_multiple_of_the_expert_parallel_size():
-    check_multiple(8, 4)
-    check_multiple(4, 4)
-    with pytest.raises(
-        ValueError, match="--laep-expert-multiple 2 .* expert-model-parallel-size 4"
-    ):
-        check_multiple(2, 4)

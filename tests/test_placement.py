@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laep.placement import greedy_groups, imbalance, place, rank_loads
+from megatron_laep.placement import greedy_ranks, imbalance, imbalance_bound, rank_loads
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "expert_loads_tiny.json").read_text())
+
+
+def greedy_groups(loads, num_groups, equal=True):
+    """The experts of each rank, busiest first: the order in which they came."""
+    rank_K = greedy_ranks(loads, num_groups, equal=equal)
+    order = np.argsort(-np.array(loads), kind="stable")
+    return [order[rank_K[order] == rank].tolist() for rank in range(num_groups)]
 
 
 def slow_groups(loads, num_groups):
@@ -56,27 +63,52 @@ def loads_and_groups(draw, max_groups=6, max_capacity=6):
     ],
 )
 def test_hand_worked(loads, num_groups, expected):
-    assert [group.tolist() for group in greedy_groups(loads, num_groups)] == expected
-    assert place(loads, num_groups, "greedy").tolist() == sum(expected, [])
+    assert greedy_groups(loads, num_groups) == expected
 
 
 @given(loads_and_groups())
 @settings(deadline=None)
 def test_same_as_the_slow_reading(case):
     loads, num_groups = case
-    groups = greedy_groups(loads, num_groups)
-    assert [group.tolist() for group in groups] == slow_groups(loads, num_groups)
-    assert all(group.dtype == np.int64 for group in groups)
+    assert greedy_groups(loads, num_groups) == slow_groups(loads, num_groups)
+    assert greedy_ranks(loads, num_groups).dtype == np.int64
 
 
 @given(loads_and_groups())
 @settings(deadline=None)
 def test_every_expert_once_in_equal_groups(case):
     loads, num_groups = case
-    for method in ("greedy", "none"):
-        order = place(loads, num_groups, method)
-        assert sorted(order.tolist()) == list(range(len(loads)))
-    assert {len(group) for group in greedy_groups(loads, num_groups)} == {len(loads) // num_groups}
+    groups = greedy_groups(loads, num_groups)
+    assert sorted(sum(groups, [])) == list(range(len(loads)))
+    assert {len(group) for group in groups} == {len(loads) // num_groups}
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any), st.integers(1, 6))
+@settings(deadline=None)
+def test_counts_that_do_not_divide(loads, num_groups):
+    sizes = [len(group) for group in greedy_groups(loads, num_groups)]
+    assert max(sizes) - min(sizes) == (len(loads) % num_groups > 0)
+    # without a limit, no rank stays empty while there is an expert for each
+    sizes = [len(group) for group in greedy_groups(loads, num_groups, equal=False)]
+    assert sum(size > 0 for size in sizes) == min(len(loads), num_groups)
+
+
+@pytest.mark.parametrize(
+    ("loads", "equal", "expected"),
+    [
+        # room for 2, and on one rank for 3: 9 -> A; 5 -> B; 4 -> B (9); tie: 3 -> A (12, full
+        # but for the one more); 2 -> B, which takes the one more
+        ([9, 5, 4, 3, 2], True, [[0, 3], [1, 2, 4]]),
+        # 9 -> A; 5, 4 -> B; at 9 each: 3 -> A, which has fewer; 2 -> B
+        ([9, 5, 4, 3, 2], False, [[0, 3], [1, 2, 4]]),
+        # no limit: the hottest stays alone
+        ([20, 3, 3, 3, 3], False, [[0], [1, 2, 3, 4]]),
+        # experts without tokens: to each rank one before any gets the second
+        ([5, 0, 0, 0], False, [[0], [1, 3], [2]]),
+    ],
+)
+def test_uneven_by_hand(loads, equal, expected):
+    assert greedy_groups(loads, len(expected), equal) == expected
 
 
 @given(loads_and_groups(max_groups=2, max_capacity=5))
@@ -110,30 +142,18 @@ def test_loads_of_the_groups_do_not_depend_on_the_order(case, data):
     ]
 
 
-def test_no_placement_keeps_the_order():
-    assert place([5, 9, 1, 3], 2, "none").tolist() == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize(
     ("loads", "num_groups", "message"),
     [
-        ([1, 2, 3], 2, "3 experts are not divisible by 2 groups"),
-        ([1, 2], 4, "2 experts are not divisible by 4 groups"),
-        ([1, 2], 0, "number of groups must be at least 1, got 0"),
+        ([1, 2], 0, "number of ranks must be at least 1, got 0"),
         ([1, float("nan")], 2, "expert 1 is NaN"),
         ([0, 0], 2, "all 2 experts are zero"),
         ([1, -1], 2, "expert 1 is negative"),
     ],
 )
-@pytest.mark.parametrize("method", ["greedy", "none"])
-def test_errors(loads, num_groups, message, method):
+def test_errors(loads, num_groups, message):
     with pytest.raises(ValueError, match=message):
-        place(loads, num_groups, method)
-
-
-def test_unknown_method():
-    with pytest.raises(ValueError, match="placement must be one of greedy, none, got 'best'"):
-        place([1, 2], 2, "best")
+        greedy_ranks(loads, num_groups)
 
 
 def test_rank_loads_and_imbalance():
@@ -142,6 +162,9 @@ def test_rank_loads_and_imbalance():
     assert imbalance([3, 7]) == 1.4  # 7 / mean 5
     assert imbalance([0, 10]) == 2.0
     assert imbalance([4, 4, 4]) == 1.0
+    # expert 1 has 6 of 8 tokens, a rank's share is 4
+    assert imbalance_bound([1, 6, 1], 2) == 1.5
+    assert imbalance_bound([3, 4, 1], 2) == 1.0
     with pytest.raises(ValueError, match="4 loads do not fit 5 experts"):
         rank_loads([1, 2, 3, 4], (2, 3))
     with pytest.raises(ValueError, match="are zero"):
@@ -151,11 +174,11 @@ def test_rank_loads_and_imbalance():
 def quality(loads_K, num_groups):
     """(as it is, greedy, bound): busiest / mean; no placement beats max(1, hottest / mean rank)."""
     blocks = (len(loads_K) // num_groups,) * num_groups
-    order = place(loads_K, num_groups, "greedy")
+    order = np.concatenate(greedy_groups(loads_K, num_groups))
     return (
         imbalance(rank_loads(loads_K, blocks)),
         imbalance(rank_loads(loads_K[order], blocks)),
-        max(1.0, loads_K.max() * num_groups / loads_K.sum()),
+        imbalance_bound(loads_K, num_groups),
     )
 
 

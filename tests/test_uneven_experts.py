@@ -76,6 +76,7 @@ def mapped(folder: Path, blocks, **more) -> tuple:
     return True, flags(
         laep_prune_iteration=PRUNE,
         laep_plan=folder / "plan.json",
+        laep_allow_empty_ranks=True,
         **saved_in(folder),
         **more,
     )

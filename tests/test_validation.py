@@ -94,10 +94,6 @@ BAD_FLAGS = {
         {"laep_expert_model_parallel_size": 4},
         ["--laep-expert-model-parallel-size 4", "1 ranks", "= 4"],
     ),
-    "multiple and EP size": (
-        {"laep_expert_multiple": 3, "laep_expert_model_parallel_size": 2},
-        ["--laep-expert-multiple 3", "expert-model-parallel-size 2"],
-    ),
     "multiple and experts": (
         {"laep_expert_multiple": 3},
         ["--laep-expert-multiple 3", "--num-experts 8"],
@@ -125,11 +121,6 @@ MORE_RANKS = {
         4,
         {"laep_expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
         ["--laep-expert-model-parallel-size 4", "4 ranks", "pipeline parallel size 2 = 8"],
-    ),
-    "multiple and the EP size that stays": (
-        4,
-        {"expert_model_parallel_size": 4, "laep_expert_multiple": 2},
-        ["--laep-expert-multiple 2", "expert-model-parallel-size 4"],
     ),
     "optimizer instances": (
         4,

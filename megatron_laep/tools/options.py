@@ -36,9 +36,16 @@ def add_loads(parser: argparse.ArgumentParser) -> None:
 
 
 def read_loads(args: argparse.Namespace) -> LoadLog:
-    """The loads that the arguments of ``add_loads`` name."""
+    """The loads that the arguments of ``add_loads`` name.
+
+    Where ``add_windows`` was used, too, ``args.windows`` is a number afterwards.
+    """
     log = load_log.read(args.loads)
-    return log if args.until is None else log.until(args.until)
+    if args.until is not None:
+        log = log.until(args.until)
+    if getattr(args, "windows", 0) is None:
+        args.windows = log.decision_windows
+    return log
 
 
 def files_of(log: LoadLog) -> tuple[Path, ...]:
@@ -52,9 +59,9 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--windows",
         type=int,
-        default=1,
         metavar="K",
-        help="plan on the tokens of the last K recorded windows together (default: 1)",
+        help="plan on the tokens of the last K recorded windows together (default: 1, or all that "
+        "the job decided on whose loads.json it is)",
     )
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="experts per token, where the file does not say"
@@ -75,7 +82,8 @@ def add_rounding(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="M",
         help="round the experts that a layer keeps up to a multiple of M (default: the "
-        "expert-parallel size after pruning)",
+        "expert-parallel size after pruning; with a number that is no multiple of it, such as 1, "
+        "the ranks' counts may differ)",
     )
     parser.add_argument(
         "--placement",
@@ -83,6 +91,21 @@ def add_rounding(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.placement,
         help=f"as --laep-placement (default: {_DEFAULTS.placement})",
     )
+    parser.add_argument(
+        "--allow-empty-ranks", action="store_true", help="as --laep-allow-empty-ranks"
+    )
+    parser.add_argument(
+        "--max-experts-per-rank-spread",
+        type=int,
+        metavar="S",
+        help="as --laep-max-experts-per-rank-spread",
+    )
+
+
+def rounding(args: argparse.Namespace) -> dict[str, object]:
+    """What the arguments of ``add_rounding`` say, by the names of the fields of LaepConfig."""
+    names = ("expert_multiple", "placement", "allow_empty_ranks", "max_experts_per_rank_spread")
+    return {name: getattr(args, name) for name in names}
 
 
 def add_alpha_and_beta(parser: argparse.ArgumentParser) -> None:

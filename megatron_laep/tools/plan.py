@@ -38,7 +38,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plans, writes the map if --output says where, prints the table."""
     log = options.read_loads(args)
-    loads_LE = log.last(args.windows)
     ep_after = log.expert_parallel_size if args.ep is None else args.ep
     if ep_after is None:
         raise ValueError(f"{log.source} does not say the expert-parallel size: give --ep")
@@ -48,21 +47,26 @@ def run(args: argparse.Namespace) -> int:
         prune_iteration=int(log.last_iterations[-1]),
         alpha=args.alpha,
         beta=args.beta,
-        expert_multiple=args.expert_multiple,
-        placement=args.placement,
+        **options.rounding(args),
     )
     config.validate()
     expert_map = make_expert_map(
-        loads_LE,
+        log.parts(args.windows),
         log.layer_numbers,
         config=config,
         iteration=config.prune_iteration,
         top_k=options.resolve_top_k(args, log),
         expert_parallel_size_before=options.resolve_ep_before(args, log, default=ep_after),
         expert_parallel_size_after=ep_after,
+        stages=log.stages,
     )
     size = options.model_size(args)
-    summary = summarize(expert_map, size, pipeline_parallel_size=args.pipeline_parallel_size)
+    summary = summarize(
+        expert_map,
+        size,
+        pipeline_parallel_size=args.pipeline_parallel_size,
+        stages=log.stages,
+    )
     if args.output is not None:
         options.write_text(args.output, expert_map.to_json(), options.files_of(log))
     if args.json:

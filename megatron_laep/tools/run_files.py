@@ -154,6 +154,8 @@ def _check_table(data: object, expert_map: ExpertMap) -> None:
         )
     row_fields = {field.name for field in dataclasses.fields(LayerRow)}
     _check_numbers(data, PruningSummary, "")
+    if not all(isinstance(stage, dict) for stage in data["stages"]):
+        raise ValueError("its stages must be objects")
     rows = data["rows"]
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and set(row) == row_fields for row in rows
@@ -187,10 +189,12 @@ _SIZES = (
 
 
 def _check_numbers(values: dict, kind: type, where: str) -> None:
-    """Every field of a summary is a number, but for its rows and hash; unknown ones are None."""
+    """Every field is a number, but for lists and the hash; unknown ones are None."""
     for field in dataclasses.fields(kind):
         value = values[field.name]
-        if field.name in ("rows", "expert_map_hash") or (value is None and "None" in field.type):
+        if field.name == "expert_map_hash" or (value is None and "None" in field.type):
+            continue
+        if "tuple" in field.type and isinstance(value, list):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:
             raise ValueError(f"{where}{field.name} must be a number, got {str(value)[:40]!r}")

@@ -26,6 +26,7 @@ from megatron_laep.cost_inputs import (
 from megatron_laep.cost_model import calibrate, estimate
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.json_text import parse_json
+from megatron_laep.load_log import LoadLog
 from megatron_laep.planning import check_plan, make_expert_map
 from megatron_laep.pruning import checked_loads
 
@@ -56,8 +57,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "--windows",
         type=int,
         metavar="N",
-        default=1,
-        help="for loads with windows: use the sum of the last N (default: 1)",
+        help="for loads with windows: use the sum of the last N (default: 1, or all that the job "
+        "decided on whose loads.json it is)",
     )
     parser.add_argument("--alpha", metavar="SPEC", help="as --laep-alpha (default: MODEL.yaml's)")
     parser.add_argument("--beta", type=float, metavar="X", help="as --laep-beta")
@@ -102,9 +103,11 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
     parallelism = _make(Parallelism, description.get("parallelism"), f"{args.model}: parallelism")
     hardware_file = _find_hardware(args.hardware, args.model)
     hardware = _make(Hardware, _read_mapping(hardware_file), f"{hardware_file}: hardware")
-    loads, iteration = read_loads(args.loads, args.windows)
+    log = load_log.read(args.loads)
+    windows = log.decision_windows if args.windows is None else args.windows
+    loads = total_loads(log, windows)
     _check_loads(loads, shape, args.loads)
-    expert_map = _expert_map(args, description.get("laep"), shape, parallelism, loads, iteration)
+    expert_map = _expert_map(args, description.get("laep"), shape, parallelism, log, windows)
     placements = dict(
         zip(
             VARIANTS,
@@ -148,19 +151,18 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def read_loads(path: Path, windows: int = 1) -> tuple[dict[int, list[int]], int]:
-    """Tokens per expert by layer number, of the last windows together, and the iteration they end at.
+def total_loads(log: LoadLog, windows: int) -> dict[int, list[int]]:
+    """Tokens per expert by layer number, of the last windows together.
 
-    Errors: ValueError for a file that holds no loads, or fewer windows.
+    Errors: ValueError for fewer windows, or a layer without a token.
     """
-    log = load_log.read(path)
     loads = {}
     for number, row in zip(log.layer_numbers, log.last(windows), strict=True):
         try:
             loads[number] = checked_loads(row).tolist()
         except ValueError as error:
-            raise ValueError(f"{path}: layer {number}: {error}") from None
-    return loads, int(log.last_iterations[-1])
+            raise ValueError(f"{log.source}: layer {number}: {error}") from None
+    return loads
 
 
 def _check_loads(loads: Mapping[int, list[int]], shape: ModelShape, path: Path) -> None:
@@ -189,8 +191,8 @@ def _expert_map(
     rules: object,
     shape: ModelShape,
     parallelism: Parallelism,
-    loads: Mapping[int, list[int]],
-    iteration: int,
+    log: LoadLog,
+    windows: int,
 ) -> ExpertMap:
     """The map that the job would make of the loads by these rules, or the given plan."""
     given = {"alpha": args.alpha, "beta": args.beta, "expert_multiple": args.expert_multiple}
@@ -207,14 +209,17 @@ def _expert_map(
             raise ValueError(f"{args.plan}: {error}") from None
         check_plan(
             expert_map,
-            layer_numbers=list(loads),
+            layer_numbers=log.layer_numbers,
             num_experts=shape.num_experts,
             top_k=shape.top_k,
             expert_parallel_size=expert_map.expert_parallel_size_after,
             source=str(args.plan),
         )
         return expert_map
-    defaults = _checked_section(rules, {"alpha", "beta", "expert_multiple"}, f"{args.model}: laep")
+    iteration = int(log.last_iterations[-1])
+    defaults = _checked_section(
+        rules, {"alpha", "beta", "expert_multiple", "placement"}, f"{args.model}: laep"
+    )
     if "alpha" in defaults:
         defaults["alpha"] = str(defaults["alpha"])  # YAML reads 0.4 as a number
     config = LaepConfig(prune_iteration=max(iteration, 1), **{**defaults, **given})
@@ -223,13 +228,19 @@ def _expert_map(
     if ranks < 1:
         raise ValueError(f"--ep must be at least 1, got {ranks}")
     return make_expert_map(
-        list(loads.values()),
-        list(loads),
+        log.parts(windows),
+        log.layer_numbers,
         config=config,
         iteration=iteration,
         top_k=shape.top_k,
         expert_parallel_size_before=parallelism.expert,
         expert_parallel_size_after=ranks,
+        stages={
+            number: stage
+            for stage, numbers in enumerate(parallelism.stages(shape.num_layers))
+            for number in numbers
+            if number in shape.moe_layers
+        },
     )
 
 

@@ -7,7 +7,7 @@ import csv
 import io
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.load_log import LoadLog
-from megatron_laep.planning import make_expert_map
+from megatron_laep.planning import fewest_kept, make_expert_map
 from megatron_laep.summary import ModelSize, scaled, summarize
 from megatron_laep.tools import options
 
@@ -54,20 +54,21 @@ class SweepRow:
 
 
 def sweep(
-    loads_LE: Sequence[np.ndarray],
+    loads: Sequence,
     layer_numbers: Sequence[int],
     combinations: Sequence[tuple[str, float, int]],
     *,
     iteration: int,
     top_k: int,
     expert_parallel_size_before: int | None,
-    expert_multiple: int | None = None,
-    placement: str = "greedy",
+    rounding: Mapping[str, object] | None = None,
+    stages: Mapping[int, int] | None = None,
     size: ModelSize | None = None,
 ) -> Iterator[SweepRow]:
     """One row for each (alpha, beta, expert-parallel size after pruning), in the order given.
 
     expert_parallel_size_before: None for the size after pruning.
+    rounding: fields of `LaepConfig` besides alpha and beta, the same in each row.
     Other arguments: as in `planning.make_expert_map` and `summary.summarize`.
     Errors: ValueError as there.
     """
@@ -76,23 +77,23 @@ def sweep(
             prune_iteration=iteration,
             alpha=alpha,
             beta=beta,
-            expert_multiple=expert_multiple,
-            placement=placement,
+            **(rounding or {}),
         )
         config.validate()
         expert_map = make_expert_map(
-            loads_LE,
+            loads,
             layer_numbers,
             config=config,
             iteration=iteration,
             top_k=top_k,
             expert_parallel_size_before=expert_parallel_size_before or ranks,
             expert_parallel_size_after=ranks,
+            stages=stages,
         )
-        yield _row(expert_map, size)
+        yield _row(expert_map, size, _floor(expert_map, config, stages))
 
 
-def _row(expert_map: ExpertMap, size: ModelSize | None) -> SweepRow:
+def _row(expert_map: ExpertMap, size: ModelSize | None, floor_L: Sequence[int]) -> SweepRow:
     summary = summarize(expert_map, size)
     before = [row.imbalance_before for row in summary.rows]
     after = [row.imbalance_after for row in summary.rows]
@@ -111,16 +112,25 @@ def _row(expert_map: ExpertMap, size: ModelSize | None) -> SweepRow:
         busiest_rank_p90=float(np.percentile(after, 90)),
         busiest_rank_max=float(np.max(after)),
         layers_at_floor=sum(
-            layer.experts_after == _floor(expert_map) for layer in expert_map.layers
+            layer.experts_after == floor
+            for layer, floor in zip(expert_map.layers, floor_L, strict=True)
         ),
         map_hash=expert_map.hash,
     )
 
 
-def _floor(expert_map: ExpertMap) -> int:
-    """The fewest experts that a layer may keep under the map's rules."""
-    minimum = max(expert_map.top_k, expert_map.expert_parallel_size_after)
-    return -(-minimum // expert_map.expert_multiple) * expert_map.expert_multiple
+def _floor(
+    expert_map: ExpertMap, config: LaepConfig, stages: Mapping[int, int] | None
+) -> list[int]:
+    """The fewest experts that each layer may keep under the rules."""
+    stage_of = stages or dict.fromkeys(expert_map.layer_numbers, 0)
+    stage_L = [stage_of[number] for number in expert_map.layer_numbers]
+    multiple = expert_map.expert_multiple
+    ranks = expert_map.expert_parallel_size_after
+    fewest = (
+        fewest_kept(config, expert_map.top_k, ranks, stage_L.count(stage)) for stage in stage_L
+    )
+    return [-(-minimum // multiple) * multiple for minimum in fewest]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -166,15 +176,15 @@ def run(args: argparse.Namespace) -> int:
     )
     size = options.model_size(args)
     rows = sweep(
-        log.last(args.windows),
+        log.parts(args.windows),
         log.layer_numbers,
         combinations,
         iteration=int(log.last_iterations[-1]),
         top_k=options.resolve_top_k(args, log),
         # 0: unknown, then each size after pruning stands for the one before.
         expert_parallel_size_before=options.resolve_ep_before(args, log, default=0) or None,
-        expert_multiple=args.expert_multiple,
-        placement=args.placement,
+        rounding=options.rounding(args),
+        stages=log.stages,
         size=size,
     )
     # Nothing shows unless it takes longer than two seconds, and nothing where nobody looks.

@@ -1,0 +1,236 @@
+"""Balanced placement of one layer: its experts on ranks, so that the busiest rank has least to do.
+
+Under `placement`, for the method "balanced". A search from a given start, so it never ends worse:
+exchanges of two experts, or moves of one where the counts may change, each time the best one that
+takes load off a busiest rank; then, for few experts, all placements that could still be better.
+
+What is minimised: the busiest rank's tokens, summed over the windows. That is its mean over the
+windows times their number, an integer, so that no decision hangs on how a float rounds.
+
+Shape suffixes: W windows, K kept experts of a layer, R ranks, B placements looked at together.
+
+Why no library: scipy.optimize.milp (HiGHS) was tried on lognormal loads of sigma 1, with the same
+objective and limits. One window, 64 experts on 8 ranks: after 30 s on one core it was between 0.01
+% better and 0.06 % worse than what is found here in a millisecond. 16 on 4: the same optimum, 0.1 s
+against 2 ms; 24 on 4: at most 0.13 % better, in four windows 0.6 %, in seconds against 7 ms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# What is within one part in TOLERANCE of the lower bound is good enough, and a step that takes less
+# than one part in SMALLEST_STEP off a busiest rank is not worth it: windows of real loads differ by
+# a hundred times as much.
+TOLERANCE = 2000
+SMALLEST_STEP = 10_000
+# Where that leaves more than one part in WORTH_A_SEARCH, all placements that could be better are
+# looked at, if the experts are no more than these, with so many additions: some milliseconds.
+WORTH_A_SEARCH = 400
+SEARCHED = ((16, 2**22), (24, 2**18))
+
+
+def lower_bound(loads_WK: np.ndarray, num_ranks: int, fewest: int) -> int:
+    """No placement makes the busiest rank's tokens, summed over the windows, fewer.
+
+    fewest: experts that each rank has to hold.
+    In each window it has the mean at least, and the hottest expert; and some rank holds that one
+    expert which is the hottest over all windows, with `fewest` - 1 others.
+    """
+    totals_W, hottest_W = loads_WK.sum(axis=1), loads_WK.max(axis=1)
+    by_window = int(np.maximum(-(-totals_W // num_ranks), hottest_W).sum())
+    ascending = np.sort(loads_WK.sum(axis=0))
+    return max(by_window, int(ascending[-1] + ascending[: max(fewest - 1, 0)].sum()))
+
+
+def balance(
+    loads_WK: np.ndarray, start_K: np.ndarray, fewest_R: np.ndarray, most_R: np.ndarray
+) -> np.ndarray:
+    """The rank [K] of each expert in a placement that is at least as good as `start_K`.
+
+    loads_WK: tokens, int64. start_K: a rank for each expert, within the limits.
+    fewest_R, most_R: limits for the experts on each rank; equal ones keep the counts of `start_K`.
+    """
+    bound = lower_bound(loads_WK, len(fewest_R), int(fewest_R.min()))
+    search = _Search(loads_WK, start_K, fewest_R, most_R, goal=bound + bound // TOLERANCE)
+    search.improve()
+    additions = max((n for most, n in SEARCHED if loads_WK.shape[1] <= most), default=0)
+    if search.busiest > bound + bound // WORTH_A_SEARCH and additions:
+        # Each of K experts is tried on each of R ranks; each time the sums of all ranks are written.
+        width = max(1, additions // (loads_WK.size * len(fewest_R) ** 2))
+        found_K = _best_below(loads_WK, fewest_R, most_R, search.busiest, width)
+        if found_K is not None:
+            search = _Search(loads_WK, found_K, fewest_R, most_R, goal=search.goal)
+            search.improve()
+    return search.rank_K
+
+
+def rank_sums(loads_WK: np.ndarray, rank_K: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Tokens of each rank in each window: int64 [W, R]."""
+    sums_WR = np.zeros((len(loads_WK), num_ranks), dtype=np.int64)
+    np.add.at(sums_WR.T, rank_K, loads_WK.T)
+    return sums_WR
+
+
+def _largest_of_the_others(sums_WR: np.ndarray, rank: int) -> np.ndarray:
+    """For each rank b the largest tokens of the ranks that are neither b nor `rank`: [W, R]."""
+    rest_WR = sums_WR.copy()
+    rest_WR[:, rank] = 0
+    rows = np.arange(len(rest_WR))
+    first_W = rest_WR.argmax(axis=1)
+    largest_WR = np.repeat(rest_WR.max(axis=1, keepdims=True), rest_WR.shape[1], axis=1)
+    rest_WR[rows, first_W] = 0
+    largest_WR[rows, first_W] = rest_WR.max(axis=1)
+    return largest_WR
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Expert `expert` goes from a busiest rank to `rank`, and `partner` (None: nobody) back."""
+
+    expert: int
+    partner: int | None
+    rank: int
+    busiest: int
+    pair: int
+
+
+class _Search:
+    """A placement and the sums that its improvement needs; `improve` changes it in place."""
+
+    def __init__(
+        self,
+        loads_WK: np.ndarray,
+        start_K: np.ndarray,
+        fewest_R: np.ndarray,
+        most_R: np.ndarray,
+        *,
+        goal: int,
+    ) -> None:
+        self._loads_WK, self.goal = loads_WK, goal
+        self._fewest_R, self._most_R = fewest_R, most_R
+        self.rank_K = start_K.copy()
+        self._counts_R = np.bincount(start_K, minlength=len(fewest_R))
+        self._sums_WR = rank_sums(loads_WK, start_K, len(fewest_R))
+
+    @property
+    def busiest(self) -> int:
+        """The busiest rank's tokens, summed over the windows."""
+        return int(self._sums_WR.max(axis=1).sum())
+
+    def improve(self) -> None:
+        """Steps until the goal is reached or no step is worth it."""
+        sideways = 0
+        least_gain = max(1, self.goal // SMALLEST_STEP)
+        while (busiest := self.busiest) > self.goal:
+            hot = self._sums_WR.argmax(axis=1)
+            # Where one rank is the busiest in several windows, most is gained there.
+            for rank in sorted(set(hot.tolist()), key=lambda r: (-(hot == r).sum(), r)):
+                step = self._best_step(rank)
+                if step is None:
+                    continue
+                if step.busiest > busiest:
+                    continue
+                pair = int(np.maximum(self._sums_WR[:, rank], self._sums_WR[:, step.rank]).sum())
+                if max(busiest - step.busiest, pair - step.pair) < least_gain:
+                    continue
+                # Several ranks can be the busiest together: make this one less so, then the others.
+                sideways = sideways + 1 if step.busiest == busiest else 0
+                if sideways < self._sums_WR.shape[1]:
+                    break
+            else:
+                return
+            self._take(rank, step)
+
+    def _best_step(self, rank: int) -> _Step | None:
+        """The step that leaves the busiest rank the fewest tokens; None where none is allowed."""
+        mine = np.flatnonzero(self.rank_K == rank)
+        others = np.flatnonzero(self.rank_K != rank)
+        rank_P, loads_WP = self.rank_K[others], self._loads_WK[:, others]
+        if self._counts_R[rank] > self._fewest_R[rank]:
+            # A move is an exchange with nobody: an expert without tokens on each rank with room.
+            room = np.flatnonzero(self._counts_R < self._most_R)
+            room = room[room != rank]
+            rank_P = np.concatenate([rank_P, room])
+            nobody_WP = np.zeros((len(loads_WP), len(room)), dtype=np.int64)
+            loads_WP = np.concatenate([loads_WP, nobody_WP], axis=1)
+        if not mine.size or not rank_P.size:
+            return None
+        rest_WR = _largest_of_the_others(self._sums_WR, rank)
+        pair = np.zeros((mine.size, rank_P.size), dtype=np.int64)
+        busiest = np.zeros_like(pair)
+        for loads_K, loads_P, sums_R, rest_R in zip(
+            self._loads_WK, loads_WP, self._sums_WR, rest_WR, strict=True
+        ):
+            change = loads_P[None, :] - loads_K[mine][:, None]
+            larger = np.maximum(sums_R[rank] + change, sums_R[rank_P] - change)
+            pair += larger
+            busiest += np.maximum(larger, rest_R[rank_P], out=larger)
+        best = np.flatnonzero(busiest == busiest.min())
+        best = int(best[pair.ravel()[best].argmin()])
+        i, j = divmod(best, rank_P.size)
+        return _Step(
+            expert=int(mine[i]),
+            partner=int(others[j]) if j < others.size else None,
+            rank=int(rank_P[j]),
+            busiest=int(busiest[i, j]),
+            pair=int(pair[i, j]),
+        )
+
+    def _take(self, rank: int, step: _Step) -> None:
+        change_W = -self._loads_WK[:, step.expert]
+        self.rank_K[step.expert] = step.rank
+        if step.partner is None:
+            self._counts_R[[rank, step.rank]] += (-1, 1)
+        else:
+            self.rank_K[step.partner] = rank
+            change_W = change_W + self._loads_WK[:, step.partner]
+        self._sums_WR[:, rank] += change_W
+        self._sums_WR[:, step.rank] -= change_W
+
+
+def _best_below(
+    loads_WK: np.ndarray, fewest_R: np.ndarray, most_R: np.ndarray, busiest: int, width: int
+) -> np.ndarray | None:
+    """The best placement [K] with fewer tokens on the busiest rank than `busiest`; None if none.
+
+    Places one expert after the other, hottest first, in all ways at once, and drops what cannot
+    become better than `busiest`. Exact, unless more than `width` ways are left at some point: then
+    the most even ones go on.
+    """
+    num_ranks = len(fewest_R)
+    # Empty ranks with the same limits differ by name only: the first one stands for all.
+    same_RR = (fewest_R == fewest_R[:, None]) & (most_R == most_R[:, None])
+    earlier_RR = np.triu(same_RR, k=1).astype(np.int64)
+    order = np.argsort(-loads_WK.sum(axis=0), kind="stable")
+    mean_W = -(-loads_WK.sum(axis=1) // num_ranks)
+    sums_BRW = np.zeros((1, num_ranks, len(loads_WK)), dtype=np.int64)
+    counts_BR = np.zeros((1, num_ranks), dtype=np.int64)
+    history = []
+    for left, expert in zip(range(len(order) - 1, -1, -1), order, strict=True):
+        empty_BR = counts_BR == 0
+        allowed_BR = (counts_BR < most_R) & ~(empty_BR & (empty_BR @ earlier_RR > 0))
+        before_B, rank_B = np.nonzero(allowed_BR)
+        sums_BRW, counts_BR = sums_BRW[before_B], counts_BR[before_B]
+        rows = np.arange(len(before_B))
+        sums_BRW[rows, rank_B] += loads_WK[:, expert]
+        counts_BR[rows, rank_B] += 1
+        busiest_B = np.maximum(sums_BRW.max(axis=1), mean_W).sum(axis=1)
+        missing_B = np.maximum(fewest_R - counts_BR, 0).sum(axis=1)
+        keep = np.flatnonzero((busiest_B < busiest) & (missing_B <= left))
+        if not keep.size:
+            return None
+        if keep.size > width:
+            # Floats only choose where to look, and all machines round these sums alike.
+            squares_B = (sums_BRW[keep].astype(np.float64) ** 2).sum(axis=(1, 2))
+            keep = keep[np.lexsort((squares_B, busiest_B[keep]))[:width]]
+        sums_BRW, counts_BR = sums_BRW[keep], counts_BR[keep]
+        history.append((before_B[keep], rank_B[keep]))
+    way = int(sums_BRW.max(axis=1).sum(axis=1).argmin())
+    rank_K = np.empty(len(order), dtype=np.int64)
+    for expert, (before_B, rank_B) in zip(order[::-1], history[::-1], strict=True):
+        rank_K[expert] = rank_B[way]
+        way = before_B[way]
+    return rank_K
