@@ -17,6 +17,7 @@ from test_permutation import DRIFT, SHARDED, TOP_1
 from test_permutation import assert_same_run as same_run
 
 from megatron_laep import ExpertMap, LayerMap
+from megatron_laep.pruning import experts_to_prune
 
 ITERATIONS, PRUNE, EXPERTS = 7, 3, 24
 # Experts of layers 1 to 4 on each rank. All 24 experts, renumbered; and what is left after a pruning.
@@ -82,10 +83,26 @@ def mapped(folder: Path, blocks, **more) -> tuple:
     )
 
 
-def masked(folder: Path, **more) -> tuple:
+def decided(folder: Path, **more) -> tuple:
+    """A job that decides by itself: Algorithm 1's exact counts, and the default placement."""
+    return True, flags(
+        laep_prune_iteration=PRUNE,
+        laep_alpha=1.0,
+        laep_beta=0.3,
+        laep_expert_multiple=1,
+        **saved_in(folder),
+        **more,
+    )
+
+
+def map_of(folder: Path) -> Path:
+    return folder / "laep" / f"iter_{PRUNE:07d}" / "map.json"
+
+
+def masked(folder: Path, map_file: str | Path = "plan.json", **more) -> tuple:
     """Stock Megatron from the checkpoint that ``mapped`` wrote at the pruning, its experts masked."""
     saved = {"load": folder, "ckpt_step": PRUNE}
-    return False, flags(**saved, **more), folder / "plan.json"
+    return False, flags(**saved, **more), folder / map_file
 
 
 def resumed(folder: Path, **more) -> tuple:
@@ -99,8 +116,13 @@ def assert_same_run(run: RunResult, reference: RunResult, **tolerances: float) -
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> dict[str, RunResult]:
-    at = tmp_path_factory.mktemp("two")
+def two_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(two_folder) -> dict[str, RunResult]:
+    at = two_folder
     ep = {"expert_model_parallel_size": 2}
     gather = {**ep, "moe_token_dispatcher_type": "allgather"}
     return run_batch(
@@ -109,6 +131,8 @@ def two(tmp_path_factory) -> dict[str, RunResult]:
             "permuted": mapped(at / "a", TWO_ALL, **ep),
             "pruned": mapped(at / "b", TWO_KEPT, **ep),
             "masked": masked(at / "b", **ep),
+            "exact": decided(at / "exact", **ep),
+            "masked exact": masked(at / "exact", map_of(at / "exact"), **ep),
             "stock all-gather": (False, flags(**gather)),
             "permuted all-gather": mapped(at / "c", TWO_ALL, **gather),
             "resumed": resumed(at / "b", **ep),
@@ -125,6 +149,19 @@ def two(tmp_path_factory) -> dict[str, RunResult]:
 def test_permuted(two) -> None:
     assert_same_run(two["permuted"], two["stock"])
     assert_same_run(two["permuted sharded"], two["stock sharded"])
+
+
+def test_exact_counts_and_balanced_placement(two, two_folder) -> None:
+    """From the loads to the ranks: what Algorithm 1 says, neither rounded nor equal."""
+    expert_map = ExpertMap.from_json(map_of(two_folder / "exact").read_text())
+    for layer in expert_map.layers:
+        gone = experts_to_prune(layer.loads, alpha=1.0, beta=0.3)
+        assert set(layer.pruned) == set(gone.tolist())
+    blocks = [layer.experts_per_rank for layer in expert_map.layers]
+    assert any(a != b for a, b in blocks), "want uneven ranks"
+    totals = [sum(counts) for counts in zip(*blocks, strict=True)]
+    assert abs(totals[0] - totals[1]) <= 1, "2 % of some 60 experts is one"
+    assert_same_run(two["exact"], two["masked exact"])
 
 
 def test_permuted_all_gather(two) -> None:
