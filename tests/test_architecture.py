@@ -12,6 +12,7 @@ PURE = (
     "alpha",
     "config",
     "expert_map",
+    "lineage",
     "load_log",
     "load_recorder",
     "placement",
