@@ -9,7 +9,7 @@ The folder, in the order in which a run passes through it:
 * ``recording``, ``load_recorder``, ``load_log``: the loads of a whole run in a file, and its reader.
 * ``stability``, ``pruning``, ``placement``, ``planning``, ``expert_map``, ``summary``: the pure
   part, loads in and an expert map out; numpy only.
-* ``checkpoint``, ``optimizer_state``: the map inside the checkpoint, loading through the map.
+* ``lineage``, ``checkpoint``, ``optimizer_state``: maps inside the checkpoint, loading through one.
 * ``training``, ``job``, ``parallel``: the hooks in Megatron's loop, the state machine that they
   drive, the rebuild; with ``hooks``, ``events`` (log lines), ``agreement`` (rank 0 decides) and
   ``model_size``.

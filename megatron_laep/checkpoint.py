@@ -6,13 +6,15 @@ A checkpoint of a LAEP job is an ordinary Megatron checkpoint with one more entr
 map state  weights are in           a relaunch builds                 and loads
 ========== ======================== ================================= ==========================
 none       original numbers         the full model                    as usual
-pending    original numbers         the pruned model                  through the map
+pending    the numbers before       the pruned model                  through the map
 applied    the map's new numbers    the pruned model                  as usual
 ========== ======================== ================================= ==========================
 
-The rebuild inside a running job is a relaunch in the same process, so there is one path. A pending
-checkpoint is complete without this package: stock Megatron opens it as the full model, the way back
-out. An applied one is not, and stock Megatron refuses it: see ``PrunedCheckpoint``.
+The rebuild inside a running job is a relaunch in the same process, so there is one path. The record
+holds the maps of all prunings (``lineage``); the state is that of the last one, whose old numbers
+are those of the model that the others left. The checkpoint with the first pending map is complete
+without this package: stock Megatron opens it as the full model, the way back out. Later ones are
+not, and stock Megatron refuses them: see ``PrunedCheckpoint``.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.training import checkpointing
 
 from megatron_laep.expert_map import ExpertMap
+from megatron_laep.lineage import Lineage
 from megatron_laep.moe_layer import LaepMoELayer
 from megatron_laep.optimizer_state import adapt_common_state
 from megatron_laep.routing_stats import OpenWindow
@@ -42,7 +45,7 @@ _RECORD_VERSION = 2
 
 
 class PrunedCheckpoint:
-    """Holds the record of an applied map, so that only this package can open the checkpoint.
+    """Holds the record of a pruned model, so that only this package can open the checkpoint.
 
     Megatron unpickles the common state of a checkpoint before it reads any tensor. This value comes
     back through ``relaunch_with_python_m_megatron_laep``, which refuses in a process that has not
@@ -78,7 +81,7 @@ def relaunch_with_python_m_megatron_laep(record: dict) -> PrunedCheckpoint:
 
 
 def allow_pruned_checkpoints(allowed: bool = True) -> None:
-    """Whether this process may open checkpoints with an applied map."""
+    """Whether this process may open checkpoints of pruned models."""
     global _pruned_checkpoints_allowed
     _pruned_checkpoints_allowed = allowed
     torch.serialization.add_safe_globals([relaunch_with_python_m_megatron_laep])
@@ -89,46 +92,59 @@ class Record:
     """What a checkpoint says about LAEP.
 
     Attributes:
-        expert_map: the map that belongs to the checkpoint, or None while nothing was pruned.
-        map_state: ``"pending"`` or ``"applied"``; None without a map.
+        lineage: the prunings of the model, the pending one included.
+        map_state: ``"pending"`` or ``"applied"``, of the last of them; None while there is none.
         window: counts so far of the window of loads that the checkpoint was written in.
         ended: the windows before that one, oldest first, as many as a decision on stability needs.
         declined: iterations at which the job was to be pruned, and was not since the loads were not
             stable (--laep-require-stable).
+        inherited: the first so many prunings are of another job, from which this one took the
+            weights; their iterations mean nothing here.
         iteration: of the checkpoint. Not stored: read from where Megatron keeps it.
         is_laep: whether a LAEP job wrote the checkpoint; False gives a record without map.
     """
 
-    expert_map: ExpertMap | None = None
+    lineage: Lineage = Lineage()
     map_state: str | None = None
     window: OpenWindow | None = None
     ended: tuple[OpenWindow, ...] = ()
     declined: tuple[int, ...] = ()
+    inherited: int = 0
     iteration: int = 0
     is_laep: bool = True
 
+    @property
+    def pruned_at(self) -> tuple[int, ...]:
+        """The iterations of this job's prunings."""
+        return tuple(step.iteration for step in self.lineage.steps[self.inherited :])
+
     def starting_over(self) -> "Record":
         """For a job that takes only the weights: its iterations count from 0 again."""
-        return dataclasses.replace(self, iteration=0, window=None, ended=(), declined=())
+        inherited = len(self.lineage.steps)
+        return dataclasses.replace(
+            self, iteration=0, window=None, ended=(), declined=(), inherited=inherited
+        )
 
     def to_entry(self) -> dict | PrunedCheckpoint:
         """The value that goes into the checkpoint's common state; plain Python values."""
         record = {
             "version": _RECORD_VERSION,
-            "expert_map": self.expert_map.to_json() if self.expert_map else None,
+            "lineage": [step.to_json() for step in self.lineage.steps],
+            "inherited": self.inherited,
             "map_state": self.map_state,
             "window": dataclasses.asdict(self.window) if self.window else None,
             "ended": [dataclasses.asdict(window) for window in self.ended],
             "declined": list(self.declined),
         }
-        return PrunedCheckpoint(record) if self.map_state == APPLIED else record
+        original_numbers = len(self.lineage.steps) == (self.map_state == PENDING)
+        return record if original_numbers else PrunedCheckpoint(record)
 
     @staticmethod
     def from_common_state(common_state: dict, where: str) -> "Record":
         """Reads the record out of a checkpoint's common state.
 
         Raises:
-            ValueError: the record is of a later version, or its map does not match its hash.
+            ValueError: the record is of another version, or its maps do not match their hashes.
         """
         iteration = common_state.get("iteration", 0)
         entry = common_state.get(ENTRY)
@@ -140,18 +156,18 @@ class Record:
                 f"{where}: its LAEP record has version {record['version']}, this megatron_laep reads "
                 f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
             )
-        window, expert_map = record["window"], None
-        if record["expert_map"]:
-            try:
-                expert_map = ExpertMap.from_json(record["expert_map"])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+        window = record["window"]
+        try:
+            lineage = Lineage(tuple(map(ExpertMap.from_json, record["lineage"])))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         return Record(
-            expert_map=expert_map,
+            lineage=lineage,
             map_state=record["map_state"],
             window=OpenWindow(**window) if window else None,
             ended=tuple(OpenWindow(**ended) for ended in record["ended"]),
             declined=tuple(record["declined"]),
+            inherited=record["inherited"],
             iteration=iteration,
         )
 
@@ -261,7 +277,7 @@ def loading_through(
     """While open, ``load_checkpoint`` reads a checkpoint with old numbers into the pruned model.
 
     Args:
-        expert_map: the pending map.
+        expert_map: the pending map, in the numbers of the checkpoint's weights.
         layers: this rank's MoE layers by layer number, built for the map.
 
     Raises:

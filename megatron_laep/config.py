@@ -8,6 +8,7 @@ the job is checked here.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_laep.alpha import AlphaSpec
@@ -26,7 +27,7 @@ class LaepConfig:
     `validate`.
     """
 
-    prune_iteration: int | None = None
+    prune_iteration: int | Sequence[int] | None = None
     window: int | None = None
     alpha: str = "0.4"
     beta: float = 0.1
@@ -46,10 +47,27 @@ class LaepConfig:
     stability_share: float = StabilityThresholds.share
     stability_patience: int = StabilityThresholds.patience
 
+    def __post_init__(self) -> None:
+        if isinstance(self.prune_iteration, list):
+            object.__setattr__(self, "prune_iteration", tuple(self.prune_iteration))
+
     @property
     def enabled(self) -> bool:
         """True if the job is to be pruned: `prune_iteration` is given."""
         return self.prune_iteration is not None
+
+    @property
+    def prune_iterations(self) -> tuple[int, ...]:
+        """Those of all prunings; () if the job is not to be pruned."""
+        if self.prune_iteration is None:
+            return ()
+        given = self.prune_iteration
+        return given if isinstance(given, tuple) else (given,)
+
+    @property
+    def prune_flag(self) -> str:
+        """As on the command line, for messages."""
+        return " ".join(map(str, ("--laep-prune-iteration", *self.prune_iterations)))
 
     @staticmethod
     def from_arguments(args: argparse.Namespace) -> LaepConfig:
@@ -86,31 +104,31 @@ class LaepConfig:
                 raise ValueError(f"{_flag(f'stability_{name}')}: {error}") from None
         return StabilityThresholds(**values)
 
-    def leg(self) -> Leg:
-        """The iterations up to the pruning, and the windows in them; for `enabled` settings."""
-        start, end = 0, self.prune_iteration
-        return Leg(
-            start,
-            end,
-            window=min(DEFAULT_WINDOW, end - start) if self.window is None else self.window,
-            needed=self.stability_patience + 1,
-            early=self.prune_when_stable,
+    def legs(self) -> tuple[Leg, ...]:
+        """The iterations up to each pruning, and the windows in them."""
+        ends = self.prune_iterations
+        return tuple(
+            Leg(
+                start,
+                end,
+                window=min(DEFAULT_WINDOW, end - start) if self.window is None else self.window,
+                needed=self.stability_patience + 1,
+                early=self.prune_when_stable,
+            )
+            for start, end in zip((0, *ends), ends, strict=False)
         )
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the job. Errors: ValueError that names the flag."""
-        for name in (
-            "prune_iteration",
-            "window",
-            "expert_multiple",
-            "expert_model_parallel_size",
-            "record_interval",
-        ):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{_flag(name)} must be an integer of at least 1, got {value!r}")
+        for name in ("window", "expert_multiple", "expert_model_parallel_size", "record_interval"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        for iteration in self.prune_iterations:
+            _check_count("prune_iteration", iteration)
+        if self.enabled and not self.prune_iterations:
+            raise ValueError("--laep-prune-iteration needs at least one iteration")
+        if list(self.prune_iterations) != sorted(set(self.prune_iterations)):
+            raise ValueError(f"{self.prune_flag}: give ascending iterations, each one once")
         AlphaSpec.parse(self.alpha)
         if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
             raise ValueError(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
@@ -141,23 +159,25 @@ class LaepConfig:
             self._check_all_defaults()
 
     def _check_windows(self) -> None:
-        if self.window is not None and self.window > self.prune_iteration:
-            raise ValueError(
-                f"--laep-window {self.window} is longer than the {self.prune_iteration} iterations "
-                f"before pruning (--laep-prune-iteration): use at most {self.prune_iteration}"
-            )
-        leg = self.leg()
-        windows = len(leg.window_starts)
-        if windows < leg.needed and (self.prune_when_stable or self.require_stable):
-            flag = "prune_when_stable" if self.prune_when_stable else "require_stable"
-            longest = (leg.end - leg.start) // leg.needed
-            remedy = f"use --laep-window {longest} or less, or prune later"
-            raise ValueError(
-                f"{_flag(flag)} compares {leg.needed} windows (--laep-stability-patience "
-                f"{self.stability_patience}), but of windows of {leg.window} iterations "
-                f"(--laep-window) only {windows} fit before --laep-prune-iteration {leg.end}: "
-                f"{remedy if longest else 'prune later'}"
-            )
+        for leg in self.legs():
+            length = leg.end - leg.start
+            since = f" since the one after {leg.start}" if leg.start else ""
+            if leg.window > length:
+                raise ValueError(
+                    f"--laep-window {leg.window} is longer than the {length} iterations before the "
+                    f"pruning after {leg.end}{since} (--laep-prune-iteration): use at most {length}"
+                )
+            windows = len(leg.window_starts)
+            if windows < leg.needed and (self.prune_when_stable or self.require_stable):
+                flag = "prune_when_stable" if self.prune_when_stable else "require_stable"
+                longest = length // leg.needed
+                remedy = f"use --laep-window {longest} or less, or prune later"
+                raise ValueError(
+                    f"{_flag(flag)} compares {leg.needed} windows (--laep-stability-patience "
+                    f"{self.stability_patience}), but of windows of {leg.window} iterations "
+                    f"(--laep-window) only {windows} fit before --laep-prune-iteration {leg.end}"
+                    f"{since}: {remedy if longest else 'prune later'}"
+                )
 
     def _check_all_defaults(self) -> None:
         """Without a prune iteration every other setting is dead: say so, instead of never
@@ -172,6 +192,11 @@ class LaepConfig:
                     f"{_flag(item.name)} is given without --laep-prune-iteration, so nothing would "
                     "be pruned: add --laep-prune-iteration N, or remove the flag"
                 )
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{_flag(name)} must be an integer of at least 1, got {value!r}")
 
 
 def _flag(name: str) -> str:
@@ -189,16 +214,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--laep-prune-iteration",
         type=int,
+        nargs="+",
         metavar="N",
         default=defaults.prune_iteration,
-        help="Prune after iteration N. Giving this flag switches LAEP on.",
+        help="Prune after iteration N; given several, once after each. Giving this flag switches "
+        "LAEP on.",
     )
     group.add_argument(
         "--laep-prune-when-stable",
         action="store_true",
         default=defaults.prune_when_stable,
         help="Prune at the end of the first window (--laep-window) at which the loads are stable, "
-        "at the latest after iteration N.",
+        "at the latest after iteration N; with several N, once between each two of them.",
     )
     group.add_argument(
         "--laep-require-stable",
@@ -213,7 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=defaults.window,
         help="Decide on the tokens that the experts got in the last W iterations before pruning; "
         "their stability is measured between such windows, of which one ends after iteration N "
-        f"(default: {DEFAULT_WINDOW}, or N if that is smaller).",
+        f"(default: {DEFAULT_WINDOW}, or all since the N before if these are fewer).",
     )
     group.add_argument(
         "--laep-alpha",
@@ -277,8 +304,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--laep-plan",
         metavar="FILE",
         default=defaults.plan,
-        help="Use this expert map (JSON) instead of computing one; alpha, beta, expert multiple "
-        "and placement then play no part.",
+        help="Use this expert map (JSON) for the one pruning that is still to come instead of "
+        "computing one; alpha, beta, expert multiple and placement then play no part.",
     )
     group.add_argument(
         "--laep-exit-after-prune",

@@ -28,10 +28,11 @@ from megatron_laep.agreement import on_rank_0
 from megatron_laep.checkpoint import APPLIED, PENDING, Record
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
+from megatron_laep.lineage import Lineage
 from megatron_laep.moe_layer import find_layers
 from megatron_laep.recording import Recording
 from megatron_laep.routing_stats import OpenWindow, RoutingStats
-from megatron_laep.schedule import Verdict
+from megatron_laep.schedule import Leg, Verdict
 from megatron_laep.summary import summarize
 from megatron_laep.trigger import Trigger
 
@@ -56,15 +57,15 @@ class Job:
 
     Attributes:
         config: the LAEP settings of the job.
-        expert_map: the map that the model follows; None for the full model.
-        map_state: of that map: ``"pending"`` from start (or commit) until the weights are loaded
-            through it, then ``"applied"``.
+        lineage: the prunings of the model that is built, or about to be.
+        map_state: of the last of them: ``"pending"`` from start (or commit) until the weights are
+            loaded through its map, then ``"applied"``.
         committing: the checkpoint with the pending map is being written.
     """
 
     def __init__(self, config: LaepConfig) -> None:
         self.config = config
-        self.expert_map: ExpertMap | None = None
+        self.lineage = Lineage()
         self.map_state: str | None = None
         self.committing = False
         self._committed = False
@@ -72,11 +73,19 @@ class Job:
         self._source: Path | None = None
         self._plan: ExpertMap | None = None
         self._stats: RoutingStats | None = None
+        # What is still to be done: the present leg first, which the trigger follows.
+        self._legs: tuple[Leg, ...] = ()
         self._trigger: Trigger | None = None
         # Iterations at which the job was to be pruned, and was not.
         self._declined: tuple[int, ...] = ()
+        self._folder: Path | None = None
         self._recording: Recording | None = None
         self._log_start_LE: torch.Tensor | None = None
+
+    @property
+    def expert_map(self) -> ExpertMap | None:
+        """The map that the model follows, from the original model; None for the full model."""
+        return self.lineage.composed
 
     @property
     def active(self) -> bool:
@@ -126,24 +135,24 @@ class Job:
             if in_another_format and self.config.enabled and not starts_over:
                 raise ValueError(
                     f"{self._source} is not in --ckpt-format torch_dist, so it cannot say which "
-                    f"iterations --laep-prune-iteration {self.config.prune_iteration} would follow "
-                    "on; convert it first with --ckpt-convert-format torch_dist and "
-                    "--ckpt-convert-save"
+                    f"iterations {self.config.prune_flag} would follow on; convert it first with "
+                    "--ckpt-convert-format torch_dist and --ckpt-convert-save"
                 )
         if self._record is not None:
-            self.expert_map = self._record.expert_map
+            self.lineage = self._record.lineage
             self.map_state = self._record.map_state
             self._declined = self._record.declined
         if rebuilt_hash is not None and (
-            self.map_state != PENDING or self.expert_map.hash != rebuilt_hash
+            self.map_state != PENDING or self.lineage.last.hash != rebuilt_hash
         ):
-            found = "no map" if self.expert_map is None else f"map {self.expert_map.short_hash}"
+            found = f"map {self.lineage.last.short_hash}" if self.lineage.steps else "no map"
             raise ValueError(
                 f"{self._source}: found {found} ({self.map_state}) where this process has just "
                 f"written the pending map {rebuilt_hash[:12]}; does --save {args.save} show the same "
                 "files to every node?"
             )
-        if self.expert_map is not None and self.config.expert_model_parallel_size is not None:
+        pruned_here = self._record is not None and self._record.pruned_at
+        if pruned_here and self.config.expert_model_parallel_size is not None:
             args.expert_model_parallel_size = self.config.expert_model_parallel_size
 
     def _continue_own_run(self, args: Namespace, rebuilt: bool) -> None:
@@ -182,12 +191,12 @@ class Job:
     def check(self, args: Namespace) -> None:
         """Checks the arguments, once Megatron has validated them. Local, the same on all ranks."""
         if self.config.enabled:
-            pruned = self.expert_map is not None
             validation.check_arguments(args, self.config)
-            if self.config.plan is not None and not pruned:
+            self._legs = resumption.remaining_legs(self._record, self.config, self._source)
+            if self.config.plan is not None and self._legs:
                 # Read once: a file that changes while the job runs must not fail it at the pruning.
-                self._plan = validation.read_plan(args, self.config)
-            resumption.check_start(self._record, self.config, self._source)
+                prunings = [leg.end for leg in self._legs]
+                self._plan = validation.read_plan(args, self.config, prunings, self.expert_map)
         if self.config.record_interval is not None:
             validation.check_recording(args, self.config)
         if self.expert_map is not None:
@@ -199,13 +208,13 @@ class Job:
         Raises:
             ValueError: on all ranks, if the ranks read different records.
         """
-        mine = (str(self._source), self.expert_map and self.expert_map.hash, self.map_state)
+        mine = (str(self._source), self.lineage.hashes, self.map_state)
         found: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, mine)
         if len(set(found)) > 1:
             differing = next(rank for rank, other in enumerate(found) if other != found[0])
             raise ValueError(
-                f"rank 0 found (checkpoint, map, state) {found[0]}, rank {differing} found "
+                f"rank 0 found (checkpoint, maps, state) {found[0]}, rank {differing} found "
                 f"{found[differing]}; --load and --save must show the same files on every node"
             )
 
@@ -229,11 +238,10 @@ class Job:
                 stack.enter_context(checkpoint.adapting_optimizer_state())
             if self.map_state == PENDING:
                 layers = find_layers(model)
-                stack.enter_context(checkpoint.loading_through(self.expert_map, layers, args))
+                step = self.lineage.last
+                stack.enter_context(checkpoint.loading_through(step, layers, args))
                 stack.enter_context(
-                    events.timed(
-                        "load_through_map", checkpoint=self._source, map=self.expert_map.short_hash
-                    )
+                    events.timed("load_through_map", checkpoint=self._source, map=step.short_hash)
                 )
             yield
 
@@ -255,39 +263,50 @@ class Job:
         if self.map_state == PENDING:
             raise ValueError(
                 f"{self._source}: the model was built for the pending map "
-                f"{self.expert_map.short_hash}, but no checkpoint was loaded through it; give --load"
+                f"{self.lineage.last.short_hash}, but no checkpoint was loaded through it; give "
+                "--load"
             )
         self._stats = RoutingStats(find_layers(model))
         if self._plan is not None:
             # Only now it is known which stage holds which layer.
-            validation.check_plan(self._plan, args, self.config, stages=self._stats.stages)
+            experts = list(self._stats.expert_counts.values())
+            validation.check_plan(self._plan, args, self.config, experts, self._stats.stages)
         self._log_start_LE = self._stats.snapshot()
-        if self.config.enabled:
-            self._begin_trigger(args)
+        self._folder = Path(args.save) / "laep" if args.save else None
+        self._say_what_is_done()
+        self._follow(self._legs, args.iteration, self._record or Record())
         if self.config.record_interval is not None:
             self._recording = Recording(
                 self._stats,
-                Path(args.save) / "laep",
+                self._folder,
                 interval=self.config.record_interval,
                 top_k=args.moe_router_topk,
-                expert_map=self.expert_map,
+                lineage=self.lineage,
                 iteration=args.iteration,
             )
 
-    def _begin_trigger(self, args: Namespace) -> None:
-        """Counts towards the pruning, if it is still to come."""
-        leg, record, iteration = self.config.leg(), self._record, args.iteration
-        if leg.end in self._declined:
-            events.log("not_pruned", iteration=leg.end, reason="the loads were not stable then")
-        elif self.expert_map is None:
+    def _say_what_is_done(self) -> None:
+        record = self._record
+        if self.config.enabled and record is not None and (record.pruned_at or record.declined):
+            events.log(
+                "prunings",
+                done=" ".join(map(str, record.pruned_at)) or "none",
+                declined=" ".join(map(str, record.declined)) or "none",
+                to_come=" ".join(str(leg.end) for leg in self._legs) or "none",
+            )
+
+    def _follow(self, legs: tuple[Leg, ...], iteration: int, record: Record) -> None:
+        """Counts towards the pruning of the first of the legs, if there is one."""
+        self._legs, self._trigger = legs, None
+        if legs:
             self._trigger = Trigger(
                 self._stats,
                 self.config,
-                leg,
-                Path(args.save) / "laep",
+                legs[0],
+                self._folder,
                 iteration=iteration,
-                ended=record.ended if record else (),
-                begun=record.window if record else None,
+                ended=record.ended,
+                begun=record.window,
             )
 
     def log_loads(
@@ -300,9 +319,9 @@ class Job:
         layer_numbers = self._stats.layer_numbers
         ranks = parallel_state.get_expert_model_parallel_world_size()
         kept_LK = None
-        if self._plan is not None and self.expert_map is None:
+        if self._plan is not None and self._legs:
             kept_LK = [np.array(self._plan.layer(number).kept) for number in layer_numbers]
-        elif self.config.enabled and self.expert_map is None:
+        elif self._legs:
             kept_LK = metrics.experts_kept_now(
                 tokens_LE,
                 layer_numbers,
@@ -329,8 +348,8 @@ class Job:
             return False
         verdict = self._trigger.end_iteration(iteration)
         if verdict is Verdict.DECLINE:
-            self._trigger = None
             self._declined = (*self._declined, iteration)
+            self._follow(self._legs[1:], iteration, Record())
         return verdict.prunes
 
     def end(self) -> None:
@@ -342,11 +361,12 @@ class Job:
         """Puts the record into a checkpoint that is about to be written. A collective."""
         ended, window = self._trigger.state(iteration) if self._trigger else ((), None)
         record = Record(
-            expert_map=self.expert_map,
+            lineage=self.lineage,
             map_state=self.map_state,
             window=window,
             ended=ended,
             declined=self._declined,
+            inherited=self._record.inherited if self._record else 0,
         )
         state_dict[checkpoint.ENTRY] = record.to_entry()
         self._committed = self.committing
@@ -388,7 +408,8 @@ class Job:
             ) from error
         self._report(expert_map, window, model, args)
         self._trigger = None
-        self.expert_map, self.map_state, self.committing = expert_map, PENDING, True
+        self.lineage, self.map_state = self.lineage.then(expert_map), PENDING
+        self.committing = True
         events.log(
             "commit_format",
             ckpt_format="torch_dist",
@@ -452,7 +473,7 @@ class Job:
         )
         events.log_text(summary.format_table())
         if events.is_rank_0():
-            folder = Path(args.save) / "laep" / f"iter_{expert_map.iteration:07d}"
+            folder = self._folder / f"iter_{expert_map.iteration:07d}"
             loads = {
                 "iteration": expert_map.iteration,
                 "window": window.end - window.start,

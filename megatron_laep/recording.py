@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from megatron_laep import events
-from megatron_laep.expert_map import ExpertMap
+from megatron_laep.lineage import Lineage
 from megatron_laep.load_recorder import LoadLogHeader, LoadLogWriter
 from megatron_laep.routing_stats import RoutingStats
 
@@ -25,7 +25,7 @@ class Recording:
         folder: ``<save>/laep``; rank 0 writes there.
         interval: iterations of a window.
         top_k: experts that the router picks for a token.
-        expert_map: the map that the model follows; None for the full model.
+        lineage: the prunings of the model.
         iteration: that the job goes on from.
     """
 
@@ -36,7 +36,7 @@ class Recording:
         *,
         interval: int,
         top_k: int,
-        expert_map: ExpertMap | None,
+        lineage: Lineage,
         iteration: int,
     ) -> None:
         self._stats = stats
@@ -45,19 +45,14 @@ class Recording:
         self._start_LE = stats.snapshot()
         self._writer: LoadLogWriter | None = None
         if events.is_rank_0():
-            lineage, original_ids, experts_per_rank = (), (), ()
-            if expert_map is not None:
-                lineage = (expert_map.hash,)
-                original_ids = tuple(layer.kept for layer in expert_map.layers)
-                experts_per_rank = tuple(layer.experts_per_rank for layer in expert_map.layers)
             header = LoadLogHeader(
                 stats.layer_numbers,
                 tuple(stats.expert_counts.values()),
                 top_k,
                 interval,
-                lineage,
-                original_ids,
-                experts_per_rank,
+                lineage.hashes,
+                lineage.original_ids,
+                lineage.experts_per_rank,
             )
             self._writer = LoadLogWriter(folder, header)
 

@@ -9,38 +9,54 @@ from megatron_laep.config import LaepConfig
 from megatron_laep.schedule import Leg
 
 
-def check_start(record: Record | None, config: LaepConfig, where: object) -> None:
-    """Whether the job can go on from its checkpoint the way its flags say.
+def remaining_legs(record: Record | None, config: LaepConfig, where: object) -> tuple[Leg, ...]:
+    """The legs whose pruning is still to come; all of them for a start from scratch.
 
     Args:
         record: of the checkpoint that will be loaded; None for a start from scratch.
-        config: the LAEP settings, ``config.enabled``.
+        config: the LAEP settings.
         where: the checkpoint, for messages.
     """
+    legs = config.legs()
     if record is None:
-        return
-    if record.expert_map is not None:
-        pruned_at, given = record.expert_map.iteration, config.prune_iteration
-        if pruned_at != given and not (config.prune_when_stable and pruned_at < given):
-            raise ValueError(
-                f"{where} was pruned at iteration {record.expert_map.iteration}, but "
-                f"--laep-prune-iteration is {config.prune_iteration}; a second pruning is not "
-                f"supported: give --laep-prune-iteration {record.expert_map.iteration} to go on"
-            )
-        return
-    if config.prune_iteration in record.declined:
-        return
-    if record.iteration >= config.prune_iteration:
+        return legs
+    done = _pruned_legs(record, config, where)
+    done |= {leg for leg in legs if leg.end in record.declined}
+    remaining = tuple(leg for leg in legs if leg not in done)
+    if not remaining:
+        return ()
+    first = remaining[0]
+    if record.iteration >= first.end:
         raise ValueError(
             f"{where} is at iteration {record.iteration} and was not pruned, but "
-            f"--laep-prune-iteration {config.prune_iteration} is past; choose a later iteration, "
-            "or start from an earlier checkpoint with --ckpt-step"
+            f"--laep-prune-iteration {first.end} is past; choose a later iteration, or start from an "
+            "earlier checkpoint with --ckpt-step"
         )
-    _check_windows(record, config.leg(), config, where)
+    _check_windows(record, first, config, where)
+    return remaining
+
+
+def _pruned_legs(record: Record, config: LaepConfig, where: object) -> set[Leg]:
+    """The legs in which the checkpoint's prunings were made."""
+    done = [
+        leg
+        for iteration in record.pruned_at
+        for leg in config.legs()
+        if iteration == leg.end or (leg.early and leg.start < iteration < leg.end)
+    ]
+    if len(set(done)) < len(record.pruned_at):
+        iterations = " ".join(map(str, record.pruned_at))
+        raise ValueError(
+            f"{where} was pruned at iteration {iterations.replace(' ', ' and ')}, but "
+            f"--laep-prune-iteration is {config.prune_flag.partition(' ')[2]}: give "
+            f"--laep-prune-iteration {iterations} to go on, and later iterations behind to prune "
+            "again"
+        )
+    return set(done)
 
 
 def _check_windows(record: Record, leg: Leg, config: LaepConfig, where: object) -> None:
-    """Whether the windows of the leg that are still to come, and those of the checkpoint, do."""
+    """Whether the leg's windows are still to come, or in the checkpoint."""
     start, held = leg.last_window_start, record.window
     if record.iteration > start and (held is None or held.start != start):
         counts = "no counts" if held is None else f"counts from {held.start + 1} on"

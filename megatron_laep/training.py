@@ -1,7 +1,7 @@
 """LAEP in Megatron's training loop: the hooks, and the state machine that they drive.
 
 One ``Job`` lives from the parsing of the arguments to the end of the training script, or to the
-pruning, whichever comes first. A pruning ends it with a ``Rebuild``; ``run`` then takes Megatron down
+next pruning, whichever comes first. A pruning ends it with a ``Rebuild``; ``run`` then takes Megatron down
 and runs the script again in the same process, where the next ``Job`` finds the pending map in the
 checkpoint exactly as a relaunch after a crash would::
 
@@ -9,7 +9,7 @@ checkpoint exactly as a relaunch after a crash would::
     model built      -> set_layer_counts, if there is a map
     checkpoint load  -> Job.loading    through the map, if it is pending
     before iterations -> Job.begin     counters
-    each iteration   -> Job.end_iteration; at the pruning iteration Job.prune, then Rebuild
+    each iteration   -> Job.end_iteration; when it is time to prune Job.prune, then Rebuild
 
 The loop itself is Megatron's; what is hooked, and why, is the list in ``_hooks``.
 """
@@ -82,7 +82,7 @@ def uninstall() -> None:
 
 
 def run(main: Callable[[], Any]) -> Any:
-    """Runs a training script's main function, and again after the pruning.
+    """Runs a training script's main function, and again after each pruning.
 
     Args:
         main: parses the arguments and calls ``megatron.training.pretrain``; everything that it
@@ -371,7 +371,7 @@ def _checkpoint_and_decide_exit(original):
         if writer:
             writer.close()
         job.end()
-        raise Rebuild(job.expert_map.hash, parallel.release(model))
+        raise Rebuild(job.lineage.last.hash, parallel.release(model))
 
     return checkpoint_and_decide_exit
 

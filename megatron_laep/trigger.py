@@ -129,9 +129,13 @@ class Trigger:
             what = f"The loads are not stable at --laep-prune-iteration {leg.end}."
             remedy = "with --laep-require-stable, it would not be pruned now"
         if verdict is Verdict.DECLINE:
+            later = [end for end in self._config.prune_iterations if end > leg.end]
+            again = "To try again, relaunch with a later --laep-prune-iteration."
+            if later:
+                again = f"The job will try again up to iteration {later[0]}."
             then = (
                 "The model is NOT PRUNED (--laep-require-stable), and the training goes on as before. "
-                "To try again, relaunch with a later --laep-prune-iteration."
+                f"{again}"
             )
         else:
             then = f"The model is PRUNED ALL THE SAME; {remedy}."

@@ -6,7 +6,7 @@ Every complaint is a ``ValueError`` with the flag, what was given, what is wante
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
@@ -143,15 +143,18 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
     if args.num_experts is None or not moe_layer_numbers(args):
         why = "--num-experts is not given" if args.num_experts is None else "see --moe-layer-freq"
         raise ValueError(
-            f"--laep-prune-iteration {config.prune_iteration}: the model has no MoE layer ({why}), "
+            f"{config.prune_flag}: the model has no MoE layer ({why}), "
             "so there is nothing to prune; remove the --laep flags"
         )
     if args.save is None:
         raise ValueError(
-            f"--laep-prune-iteration {config.prune_iteration} needs --save: the pruning goes "
+            f"{config.prune_flag} needs --save: the pruning goes "
             "through a checkpoint; give --save FOLDER"
         )
     in_job = not config.exit_after_prune
+    prunings = [iteration for leg in config.legs() for iteration in leg.possible_ends]
+    profiled = range(args.profile_step_start, args.profile_step_end) if args.profile else ()
+    spanned = next((iteration for iteration in prunings if iteration in profiled), None)
     or_relaunch = (
         "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
     )
@@ -253,16 +256,10 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             f"TransformerEngine keeps the old model's scaling history; {or_relaunch}",
         ),
         (
-            args.profile
-            and in_job
-            and any(
-                args.profile_step_start <= iteration < args.profile_step_end
-                for iteration in config.leg().possible_ends
-            ),
+            spanned is not None and in_job,
             f"--profile from iteration {args.profile_step_start} to {args.profile_step_end}",
             "a profiler's window cannot span the rebuild, which may come after iteration "
-            f"{config.leg().possible_ends[0]} (--laep-prune-iteration {config.prune_iteration}); end "
-            "it before, or start it after",
+            f"{spanned} ({config.prune_flag}); end it before, or start it after",
         ),
         (
             args.inprocess_restart and in_job,
@@ -282,20 +279,20 @@ def _refuse(unsupported: list[tuple[bool, str, str]], situation: str) -> None:
 
 def _check_iterations(args: Namespace, config: LaepConfig) -> None:
     last, flag = _training_iterations(args)
-    if config.prune_iteration >= last:
-        raise ValueError(
-            f"--laep-prune-iteration {config.prune_iteration} is not before the end of training "
-            f"({last} iterations, from {flag}): the pruned model would never be trained; prune at "
-            f"{last - 1} or before, or train longer"
-        )
-    leg = config.leg()
-    boundaries = [(start, "a window begins") for start in leg.window_starts]
-    for iteration, meaning in (*boundaries, (leg.end, "pruning")):
-        if iteration in args.iterations_to_skip:
+    for leg in config.legs():
+        if leg.end >= last:
             raise ValueError(
-                f"--iterations-to-skip skips iteration {iteration}, after which comes {meaning}; "
-                "choose another --laep-prune-iteration or --laep-window"
+                f"--laep-prune-iteration {leg.end} is not before the end of training ({last} "
+                f"iterations, from {flag}): the pruned model would never be trained; prune at "
+                f"{last - 1} or before, or train longer"
             )
+        boundaries = [(start, "a window begins") for start in leg.window_starts]
+        for iteration, meaning in (*boundaries, (leg.end, "pruning")):
+            if iteration in args.iterations_to_skip:
+                raise ValueError(
+                    f"--iterations-to-skip skips iteration {iteration}, after which comes {meaning}; "
+                    "choose another --laep-prune-iteration or --laep-window"
+                )
 
 
 def _training_iterations(args: Namespace) -> tuple[int, str]:
@@ -384,14 +381,28 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
         )
 
 
-def read_plan(args: Namespace, config: LaepConfig) -> ExpertMap:
-    """The map of ``--laep-plan``, checked against the job; it says when *it* was made."""
+def read_plan(
+    args: Namespace, config: LaepConfig, prunings: Sequence[int], present: ExpertMap | None
+) -> ExpertMap:
+    """The map of ``--laep-plan``, checked against the job; it says when *it* was made.
+
+    Args:
+        prunings: the iterations of those that are still to come.
+        present: the map that the model follows that is to be pruned; None for the full model.
+    """
     path = Path(config.plan)
+    if len(prunings) > 1:
+        raise ValueError(
+            f"--laep-plan {path} is the map of one pruning, and {len(prunings)} are still to come "
+            f"(--laep-prune-iteration {' '.join(map(str, prunings))}): give one iteration, and "
+            "relaunch with the next iteration and its plan after it, or leave out --laep-plan"
+        )
+    experts = [layer.experts_after for layer in present.layers] if present else args.num_experts
     try:
         expert_map = ExpertMap.from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--laep-plan {path}: {error}") from error
-    check_plan(expert_map, args, config)
+    check_plan(expert_map, args, config, experts)
     return expert_map
 
 
@@ -399,11 +410,13 @@ def check_plan(
     expert_map: ExpertMap,
     args: Namespace,
     config: LaepConfig,
+    experts: int | Sequence[int],
     stages: Mapping[int, int] | None = None,
 ) -> None:
     """Whether the map of ``--laep-plan`` fits the job.
 
     Args:
+        experts: of each layer before the pruning: one number, or one for each.
         stages: the pipeline stage of each layer number; None while it is not known.
     """
     size = config.expert_model_parallel_size or args.expert_model_parallel_size
@@ -411,7 +424,7 @@ def check_plan(
         planning.check_plan(
             expert_map,
             layer_numbers=moe_layer_numbers(args),
-            num_experts=args.num_experts,
+            num_experts=experts,
             top_k=args.moe_router_topk,
             expert_parallel_size=size,
             allow_empty_ranks=config.allow_empty_ranks,
@@ -427,7 +440,7 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
     Also for jobs without ``--laep`` flags that open a pruned checkpoint.
     """
     _check_model_supported(args, f"in a model that was pruned ({where})")
-    expert_map = record.expert_map
+    expert_map = record.lineage.composed
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()
     if expert_map.layer_numbers != numbers:
         raise ValueError(

@@ -4,7 +4,8 @@
 
 Reads only what the run itself wrote: RUN_DIR/train.log, the output of the training (Megatron's
 lines and the `laep event=load` lines between them), and RUN_DIR/laep/iter_*/table.json, the table
-of the pruning (`PruningSummary.to_dict`). Needs no torch.
+of the pruning (`PruningSummary.to_dict`). Of several prunings the last one is summarized, against the
+model before it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ TABLE_PATTERN = "laep/iter_*/table.json"
 WINDOW = 20
 
 
-def summarize_run(log: TrainingLog, table: dict) -> str:
+def summarize_run(log: TrainingLog, table: dict, since: int = 0) -> str:
     """The summary as text.
 
-    table: `PruningSummary.to_dict()` of the run's pruning.
+    table: `PruningSummary.to_dict()` of the run's pruning. since: iteration of the one before it.
     """
     prune_iteration = table["iteration"]
-    before = [line for line in log.lines if line.iteration <= prune_iteration]
+    before = [line for line in log.lines if since < line.iteration <= prune_iteration]
     after = [line for line in log.lines if line.iteration > prune_iteration]
     last = log.lines[-1].iteration
-    window = min(WINDOW, prune_iteration, max(last - prune_iteration, 1))
+    window = min(WINDOW, prune_iteration - since, max(last - prune_iteration, 1))
     before_pruning = (prune_iteration - window, prune_iteration)
     after_pruning = (prune_iteration, prune_iteration + window)
     at_the_end = (last - window, last)
@@ -124,8 +125,11 @@ def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def read_run(run_dir: Path) -> tuple[TrainingLog, dict]:
-    """The log and the last table of a run. Errors: ValueError that names what is missing."""
+def read_run(run_dir: Path) -> tuple[TrainingLog, dict, int]:
+    """The log and the last table of a run, and the iteration of the pruning before that one (0).
+
+    Errors: ValueError that names what is missing.
+    """
     log_path = run_dir / LOG_NAME
     tables = sorted(run_dir.glob(TABLE_PATTERN))
     for found, wanted in ((log_path.is_file(), log_path), (tables, run_dir / TABLE_PATTERN)):
@@ -135,7 +139,8 @@ def read_run(run_dir: Path) -> tuple[TrainingLog, dict]:
                 f"the output of the training in {LOG_NAME}"
             )
     log = parse_log(log_path.read_text(encoding="utf-8", errors="replace"))
-    return log, json.loads(tables[-1].read_text(encoding="utf-8"))
+    *earlier, table = (json.loads(path.read_text(encoding="utf-8")) for path in tables)
+    return log, table, earlier[-1]["iteration"] if earlier else 0
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ def expert_map(kept=KEPT, *, iteration=10, ranks=2, experts=8, top_k=2) -> Exper
 
 
 def parsed(words: list[str], inside_run: bool = True) -> dict:
-    """The job's arguments, as far as they are numbers or texts, once everything was checked.
+    """The job's arguments, as far as they are numbers, texts or lists, once everything was checked.
 
     Runs where Megatron is.
     """
@@ -35,7 +35,9 @@ def parsed(words: list[str], inside_run: bool = True) -> dict:
     megatron_laep.install()
     sys.argv = ["pretrain_gpt.py", *words]
     args = megatron_laep.run(parse_and_validate_args) if inside_run else parse_and_validate_args()
-    return {name: value for name, value in vars(args).items() if isinstance(value, str | int)}
+    return {
+        name: value for name, value in vars(args).items() if isinstance(value, str | int | list)
+    }
 
 
 def job(tmp_path: Path, **flags: object) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from counted_job import run_script
@@ -18,13 +19,19 @@ Losses = dict[int, tuple[str, str]]
 """Iteration -> (loss, gradient norm), as `float.hex()`."""
 
 
-def exact_job(arguments: list[str], kill_at: tuple[str, int] | None = None) -> Losses:
+def exact_job(
+    arguments: list[str],
+    kill_at: tuple[str, int] | None = None,
+    masks: Sequence[str] = (),
+) -> Losses:
     """Runs the GPT script under megatron_laep on this rank, to its end; the losses that it knows.
 
     kill_at: a point of `crash.py`, and the iteration there; every rank gets there, and dies.
+    masks: files of maps whose pruned experts are masked (`masked.py`); without LAEP, then.
     """
     import crash
     import exact_log
+    import masked
     from megatron.training import training
 
     import megatron_laep
@@ -34,7 +41,10 @@ def exact_job(arguments: list[str], kill_at: tuple[str, int] | None = None) -> L
     exact_log.wrap(training)
     if kill_at is not None:
         crash.arrange(*kill_at)
-    megatron_laep.install()
+    if masks:
+        masked.mask_routers(*masks)
+    else:
+        megatron_laep.install()
     run_script(arguments)
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {line["iteration"]: (line["losses"]["lm loss"], line["grad_norm"]) for line in lines}

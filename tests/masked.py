@@ -16,22 +16,29 @@ from pathlib import Path
 from megatron_laep import cpu
 
 
-def mask_routers(map_file: str) -> Callable[[], None]:
-    """Masks the experts that a map's file drops, in every router; returns what takes the masks away."""
+def mask_routers(*map_files: str) -> Callable[[], None]:
+    """Masks the experts that a map's file drops, in every router; returns what takes the masks away.
+
+    Of several maps, all from the original model, the last one counts whose iteration is over.
+    """
     import torch
     from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.training import get_args
 
-    layers = json.loads(Path(map_file).read_text())["layers"]
-    pruned = {
-        layer["layer_number"]: sorted(set(range(layer["experts_before"])) - set(layer["kept"]))
-        for layer in layers
-    }
+    pruned = {}
+    for map_file in map_files:
+        expert_map = json.loads(Path(map_file).read_text())
+        pruned[expert_map["iteration"]] = {
+            layer["layer_number"]: sorted(set(range(layer["experts_before"])) - set(layer["kept"]))
+            for layer in expert_map["layers"]
+        }
     gating = TopKRouter.gating
 
     def masked_gating(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = gating(self, tokens)
         mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
-        mask[pruned[self.layer_number]] = True
+        done = get_args().curr_iteration
+        mask[pruned[max(i for i in pruned if i <= done)][self.layer_number]] = True
         return logits.masked_fill(mask, float("-inf"))
 
     def unmask() -> None:

@@ -13,6 +13,7 @@ PURE = (
     "balancing",
     "config",
     "expert_map",
+    "lineage",
     "load_log",
     "load_recorder",
     "metrics",

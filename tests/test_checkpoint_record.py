@@ -17,6 +17,13 @@ from megatron_laep.expert_map import ExpertMap
 MAP = ExpertMap.from_kept(
     {1: (5, 1, 0, 4), 3: (2, 6)}, experts_before=8, expert_parallel_size=2, top_k=2, iteration=10
 ).to_json()
+SECOND = ExpertMap.from_kept(
+    {1: (3, 0), 3: (1, 0)},
+    experts_before={1: 4, 3: 2},
+    expert_parallel_size=2,
+    top_k=2,
+    iteration=20,
+).to_json()
 WINDOW = {"start": 5, "end": 7, "tokens_LE": ((1, 2**40, 3), (0, 0, 9))}
 NAME = "relaunch_with_python_m_megatron_laep"
 
@@ -24,14 +31,19 @@ NAME = "relaunch_with_python_m_megatron_laep"
 # -- what runs where Megatron is -------------------------------------------------------------------
 
 
-def record(map_state: str | None, window: dict | None = None):
+def record(map_state: str | None, window: dict | None = None, second: bool = False):
     from megatron_laep.checkpoint import Record
+    from megatron_laep.lineage import Lineage
     from megatron_laep.routing_stats import OpenWindow
 
+    maps = [MAP, SECOND] if second else [MAP]
     return Record(
-        expert_map=ExpertMap.from_json(MAP) if map_state else None,
+        lineage=Lineage(tuple(map(ExpertMap.from_json, maps if map_state else ()))),
         map_state=map_state,
         window=OpenWindow(**window) if window else None,
+        ended=(OpenWindow(1, 3, ((1, 2, 3), (4, 5, 6))),) if window else (),
+        declined=(4, 8) if window else (),
+        inherited=int(second),
         iteration=10,
     )
 
@@ -43,13 +55,13 @@ def save(path: str, state: dict) -> None:
     dist_checkpointing.save(state, path)
 
 
-def round_trip(path: str, map_state: str | None, window: dict | None) -> None:
+def round_trip(path: str, map_state: str | None, window: dict | None, second: bool) -> None:
     import dataclasses
 
     from megatron_laep.checkpoint import ENTRY, allow_pruned_checkpoints, read_record
 
     init_process_group()
-    one = record(map_state, window)
+    one = record(map_state, window, second)
     save(path, {"iteration": 10, ENTRY: one.to_entry()})
     allow_pruned_checkpoints()
     assert read_record(Path(path)) == one
@@ -59,12 +71,12 @@ def round_trip(path: str, map_state: str | None, window: dict | None) -> None:
     assert read_record(Path(f"{path}-again")) == dataclasses.replace(one, iteration=12)
 
 
-def write(path: str, state: dict, map_state: str | None) -> None:
+def write(path: str, state: dict, map_state: str | None, second: bool = False) -> None:
     """A checkpoint with an entry made of a record, unless `state` has its own."""
     from megatron_laep.checkpoint import ENTRY
 
     init_process_group()
-    save(path, {ENTRY: record(map_state).to_entry()} | state)
+    save(path, {ENTRY: record(map_state, second=second).to_entry()} | state)
 
 
 def open_as_stock(path: str) -> dict:
@@ -96,7 +108,7 @@ def read_is_laep(path: str) -> tuple | None:
     from megatron_laep.checkpoint import read_record
 
     one = read_record(Path(path))
-    return one and (one.is_laep, one.iteration, one.expert_map, one.map_state, one.window)
+    return one and (one.is_laep, one.iteration, one.lineage.composed, one.map_state, one.window)
 
 
 def holders_are_equal() -> list[bool]:
@@ -167,9 +179,12 @@ def override(args: Namespace) -> dict:
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["", "window"])
-@pytest.mark.parametrize("map_state", [None, "pending", "applied"])
-def test_round_trip(tmp_path, map_state, window):
-    in_megatron(round_trip, str(tmp_path / "saved"), map_state, window).result()
+@pytest.mark.parametrize(
+    ("map_state", "second"),
+    [(None, False), ("pending", False), ("applied", False), ("pending", True)],
+)
+def test_round_trip(tmp_path, map_state, second, window):
+    in_megatron(round_trip, str(tmp_path / "saved"), map_state, window, second).result()
 
 
 @pytest.mark.parametrize("map_state", [None, "pending"])
@@ -179,14 +194,16 @@ def test_stock_megatron_opens_what_is_still_a_full_model(tmp_path, map_state):
     assert in_megatron(open_as_stock, path).result()["iteration"] == 10
 
 
-def test_nobody_else_opens_a_pruned_checkpoint(tmp_path):
+@pytest.mark.parametrize(("map_state", "second"), [("applied", False), ("pending", True)])
+def test_nobody_else_opens_a_pruned_checkpoint(tmp_path, map_state, second):
+    """Nor one that waits for its second pruning: its weights are of the first one."""
     path = str(tmp_path / "saved")
-    in_megatron(write, path, {"iteration": 10}, "applied").result()
+    in_megatron(write, path, {"iteration": 10}, map_state, second).result()
     stock = in_megatron(open_as_stock, path)
     assert stock.error is not None
     for text in ("pruned by LAEP", "'-m megatron_laep' before the script", NAME):
         assert text in stock.message
-    assert "applied" in in_megatron(read, path).result()
+    assert map_state in in_megatron(read, path).result()
 
 
 def test_the_record_of_a_pruned_model_is_no_plain_value(tmp_path):
@@ -216,7 +233,7 @@ def test_other_checkpoints_have_no_map(tmp_path):
 
 def test_a_record_of_a_later_version(tmp_path):
     path = str(tmp_path / "saved")
-    entry = {"version": 3, "expert_map": None, "map_state": None, "window": None}
+    entry = {"version": 3, "lineage": [], "map_state": None, "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
     assert outcome.error == "ValueError"
@@ -228,7 +245,7 @@ def test_a_record_whose_map_was_changed(tmp_path):
     path = str(tmp_path / "saved")
     changed = MAP.replace("[5, 1, 0, 4]", "[5, 1, 0, 3]").replace("[5,1,0,4]", "[5,1,0,3]")
     assert changed != MAP
-    entry = {"version": 2, "expert_map": changed, "map_state": "pending", "window": None}
+    entry = {"version": 2, "lineage": [changed], "map_state": "pending", "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
     assert outcome.error == "ValueError"

@@ -23,7 +23,8 @@ def test_defaults_are_off_and_valid():
 
 def test_all_flags_arrive():
     config = parse(
-        *("--laep-prune-iteration", "2000", "--laep-window", "50", "--laep-alpha", "0.2:1-3"),
+        *("--laep-prune-iteration", "2000", "4000", "--laep-window", "50"),
+        *("--laep-alpha", "0.2:1-3"),
         *("--laep-beta", "0.05", "--laep-expert-multiple", "8", "--laep-placement", "none"),
         *("--laep-expert-model-parallel-size", "4", "--laep-plan", "plan.json"),
         *("--laep-exit-after-prune", "--laep-record-interval", "25"),
@@ -32,7 +33,7 @@ def test_all_flags_arrive():
         *("--laep-stability-load-change", "0.2", "--laep-stability-share", "0.9"),
     )
     assert config == LaepConfig(
-        prune_iteration=2000,
+        prune_iteration=(2000, 4000),
         window=50,
         alpha="0.2:1-3",
         beta=0.05,
@@ -58,7 +59,7 @@ def test_every_field_has_a_flag_and_back():
     config = parse("--laep-prune-iteration", "7")
     attributes = config.to_arguments()
     assert set(attributes) == {f"laep_{field.name}" for field in dataclasses.fields(LaepConfig)}
-    assert attributes["laep_prune_iteration"] == 7
+    assert attributes["laep_prune_iteration"] == (7,)
     assert LaepConfig.from_arguments(argparse.Namespace(**attributes, other=1)) == config
 
 
@@ -79,15 +80,56 @@ def test_arguments_of_a_parser_without_our_flags():
     [(2000, None, 100), (100, None, 100), (99, None, 99), (1, None, 1), (2000, 500, 500)],
 )
 def test_window(prune_iteration, window, expected):
-    leg = LaepConfig(prune_iteration=prune_iteration, window=window).leg()
+    (leg,) = LaepConfig(prune_iteration=prune_iteration, window=window).legs()
     assert (leg.start, leg.end, leg.window) == (0, prune_iteration, expected)
+
+
+def test_several_prunings():
+    config = parse("--laep-prune-iteration", "50", "4000", "8000")
+    config.validate()
+    assert config.prune_iterations == (50, 4000, 8000)
+    assert config.prune_flag == "--laep-prune-iteration 50 4000 8000"
+    assert [(leg.start, leg.end, leg.window) for leg in config.legs()] == [
+        (0, 50, 50),
+        (50, 4000, 100),
+        (4000, 8000, 100),
+    ]
+    assert LaepConfig(prune_iteration=[50, 4000, 8000]) == config
+    assert LaepConfig(prune_iteration=50).prune_iterations == (50,)
+    assert LaepConfig().prune_iterations == LaepConfig().legs() == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prune_iteration": []}, "--laep-prune-iteration needs at least one iteration"),
+        ({"prune_iteration": [8, 4]}, "--laep-prune-iteration 8 4: give ascending iterations"),
+        ({"prune_iteration": [4, 4]}, "--laep-prune-iteration 4 4: .* each one once"),
+        ({"prune_iteration": [4, 0]}, "--laep-prune-iteration .* at least 1, got 0"),
+        ({"prune_iteration": [4, 8.5]}, "--laep-prune-iteration .* got 8.5"),
+        (
+            {"prune_iteration": [10, 14], "window": 5},
+            "--laep-window 5 is longer than the 4 iterations before the pruning after 14 since the "
+            "one after 10 .*: use at most 4",
+        ),
+        (
+            {"prune_iteration": [400, 799], "require_stable": True},
+            "only 3 fit before --laep-prune-iteration 799 since the one after 400: use --laep-window 99",
+        ),
+    ],
+)
+def test_prunings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LaepConfig(**settings).validate()
 
 
 def test_stability_settings():
     config = LaepConfig(prune_iteration=1000, stability_patience=2, stability_churn=0.5)
     assert config.stability_thresholds() == StabilityThresholds(patience=2, churn=0.5)
-    assert (config.leg().needed, config.leg().early) == (3, False)
-    assert LaepConfig(prune_iteration=1000, prune_when_stable=True).leg().early
+    (leg,) = config.legs()
+    assert (leg.needed, leg.early) == (3, False)
+    (leg,) = LaepConfig(prune_iteration=1000, prune_when_stable=True).legs()
+    assert leg.early
     assert LaepConfig().stability_thresholds() == StabilityThresholds()
 
 

@@ -26,7 +26,7 @@ SHELL_SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 # The modules that work without torch and Megatron: what `pip install megatron-laep` alone must run.
 PURE = (
     *("__init__", "alpha", "config", "expert_map", "pruning", "placement", "planning", "summary"),
-    *("load_log", "load_recorder", "stability", "schedule", "decision_log"),
+    *("load_log", "load_recorder", "stability", "schedule", "decision_log", "lineage"),
     *("tools/__main__", "tools/inspect", "tools/options", "tools/plan"),
     *("tools/stability", "tools/sweep", "training_log"),
     *("tools/report", "tools/report_data", "tools/load_history", "tools/run_files"),

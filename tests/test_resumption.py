@@ -21,13 +21,14 @@ from megatron_laep.expert_map import ExpertMap
 def write_checkpoints(checkpoints: dict[str, dict]) -> None:
     """Real distributed checkpoints of nothing but their common state, by folder.
 
-    Each: iteration, and what its record says, as keywords of Record (the map as JSON); no record
+    Each: iteration, and what its record says, as keywords of Record (maps as JSON); no record
     without ``map_state``. ``legacy`` writes Megatron's format of one file a rank.
     """
     import torch
     from megatron.core import dist_checkpointing
 
     from megatron_laep.checkpoint import ENTRY, Record
+    from megatron_laep.lineage import Lineage
     from megatron_laep.routing_stats import OpenWindow
 
     init_process_group()
@@ -45,9 +46,9 @@ def write_checkpoints(checkpoints: dict[str, dict]) -> None:
             continue
         state = {"iteration": iteration}
         if "map_state" in content:
-            plan, window = content.get("map"), content.get("window")
+            window = content.get("window")
             state[ENTRY] = Record(
-                expert_map=plan and ExpertMap.from_json(plan),
+                lineage=Lineage(tuple(map(ExpertMap.from_json, content.get("maps", ())))),
                 map_state=content["map_state"],
                 window=window and OpenWindow(**window),
                 ended=tuple(OpenWindow(**ended) for ended in content.get("ended", ())),
@@ -64,6 +65,7 @@ def window(start: int, end: int) -> dict:
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Folders of checkpoints by what they hold, made once; nothing may be written to them."""
     uneven = dict(KEPT) | {2: (0, 2, 4, 6, 1, 3)}
+    second = expert_map({number: (2, 0) for number in LAYERS}, iteration=16, experts=4)
     contents = {
         "foreign": {"iteration": 7},
         "full": {"iteration": 7, "map_state": None},
@@ -75,9 +77,15 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
             "ended": [window(2, 4), window(4, 6)],
         },
         "declined": {"iteration": 7, "map_state": None, "declined": (5,)},
-        "pending": {"iteration": 10, "map_state": "pending", "map": expert_map().to_json()},
-        "applied": {"iteration": 15, "map_state": "applied", "map": expert_map().to_json()},
-        "uneven": {"iteration": 15, "map_state": "applied", "map": expert_map(uneven).to_json()},
+        "pending": {"iteration": 10, "map_state": "pending", "maps": [expert_map().to_json()]},
+        "applied": {"iteration": 15, "map_state": "applied", "maps": [expert_map().to_json()]},
+        "uneven": {"iteration": 15, "map_state": "applied", "maps": [expert_map(uneven).to_json()]},
+        "pruned twice": {
+            "iteration": 17,
+            "map_state": "applied",
+            "maps": [expert_map().to_json(), second.to_json()],
+            "window": window(16, 17),
+        },
         "legacy": {"iteration": 7, "legacy": True},
         "release": {"iteration": 7, "release": True},
     }
@@ -85,6 +93,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     in_megatron(write_checkpoints, {str(root / name): contents[name] for name in contents}).result()
     return {name: root / name for name in contents}
 
+
+PLAN = "plan of the original model.json"
 
 BAD_STARTS = {
     "past the iteration": (
@@ -137,6 +147,41 @@ BAD_STARTS = {
         {"laep_prune_iteration": 12},
         ["pruned at iteration 10", "--laep-prune-iteration is 12", "--laep-prune-iteration 10"],
     ),
+    "pruned again since": (
+        "pruned twice",
+        {},
+        ["iteration 10 and 16", "--laep-prune-iteration is 10", "--laep-prune-iteration 10 16"],
+    ),
+    "pruned again at another iteration": (
+        "pruned twice",
+        {"laep_prune_iteration": [10, 17]},
+        ["iteration 10 and 16", "is 10 17: give --laep-prune-iteration 10 16 to go on"],
+    ),
+    "pruned twice where once was asked for": (
+        "pruned twice",
+        {"laep_prune_iteration": 18, "laep_prune_when_stable": True, "laep_window": 4},
+        ["iteration 10 and 16", "--laep-prune-iteration is 18"],
+    ),
+    "past the second iteration": (
+        "applied",
+        {"laep_prune_iteration": [10, 15]},
+        ["iteration 15", "not pruned", "--laep-prune-iteration 15 is past"],
+    ),
+    "no counts for the second": (
+        "applied",
+        {"laep_prune_iteration": [10, 17]},
+        ["--laep-prune-iteration 17", "begins at iteration 11", "no counts", "--laep-window 2"],
+    ),
+    "a plan for two": (
+        "full",
+        {"laep_prune_iteration": [10, 15], "laep_window": 3, "laep_plan": "plan.json"},
+        ["--laep-plan plan.json is the map of one pruning", "2 are still to come", "10 15"],
+    ),
+    "a plan of the original model for the second": (
+        "applied",
+        {"laep_prune_iteration": [10, 18], "laep_window": 3, "laep_plan": PLAN},
+        ["--laep-plan", "layer 1 has 8 experts in it, 4 in the model"],
+    ),
     "pending for another iteration": (
         "pending",
         {"laep_prune_iteration": 12},
@@ -150,6 +195,9 @@ def test_a_checkpoint_that_the_pruning_cannot_go_on_from(
     tmp_path, checkpoints, name, flags, wanted
 ):
     flags = {"load": checkpoints[name], "expert_model_parallel_size": 2} | flags
+    if flags.get("laep_plan") is PLAN:
+        flags["laep_plan"] = tmp_path / PLAN
+        flags["laep_plan"].write_text(expert_map().to_json())
     assert_complaint(in_megatron(parsed, job(tmp_path, **flags), env=ranks(2)), *wanted)
 
 
@@ -169,6 +217,20 @@ def test_a_checkpoint_that_gives_only_its_weights_may_be_late(tmp_path, checkpoi
     }
     flags |= {"laep_prune_iteration": 5, "laep_window": 5}
     in_megatron(parsed, job(tmp_path, **flags)).result()
+
+
+def test_fine_tuning_a_pruned_model_prunes_it_again(tmp_path, checkpoints):
+    """What the other job did at its iterations is not what this one is to do at its own."""
+    flags = {"load": checkpoints["applied"], "finetune": True, "expert_model_parallel_size": 2}
+    words = job(tmp_path, **flags, laep_prune_iteration=[5, 12], laep_window=5)
+    assert in_megatron(legs_to_come, words, env=ranks(2)).result() == [5, 12]
+
+
+def legs_to_come(words: list[str]) -> list[int]:
+    from megatron_laep.training import _session
+
+    parsed(words)
+    return [leg.end for leg in _session.job._legs]
 
 
 def test_a_checkpoint_in_another_format_is_not_taken_for_a_new_start(tmp_path, checkpoints):
@@ -201,6 +263,22 @@ GOOD_STARTS = {
     "declined, and later again": ("declined", {"laep_window": 3}, 2),
     "pruned": ("applied", {}, 2),
     "pruned, to ranks with 3 and 2": ("uneven", {"expert_model_parallel_size": 4}, 4),
+    "pruned, and again later": (
+        "applied",
+        {"laep_prune_iteration": [10, 18], "laep_window": 3},
+        2,
+    ),
+    "pruned twice": ("pruned twice", {"laep_prune_iteration": [10, 16]}, 2),
+    "pruned twice, and again later": (
+        "pruned twice",
+        {"laep_prune_iteration": [10, 16, 18]},
+        2,
+    ),
+    "pruned twice before the latest iterations": (
+        "pruned twice",
+        {"laep_prune_iteration": [12, 18], "laep_prune_when_stable": True, "laep_window": 1},
+        2,
+    ),
     "pruned before the latest iteration": (
         "applied",
         {"laep_prune_iteration": 12, "laep_prune_when_stable": True, "laep_window": 2},

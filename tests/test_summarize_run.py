@@ -109,6 +109,17 @@ def test_summary_of_a_run(tmp_path):
         assert row in text, f"{row!r} is not in:\n{result.stdout}"
 
 
+def test_the_last_pruning_is_compared_with_the_model_before_it(tmp_path):
+    earlier = make_run(tmp_path) / "laep" / "iter_0000010"
+    earlier.mkdir()
+    (earlier / "table.json").write_text(json.dumps({"iteration": 10}), encoding="utf-8")
+    text = " ".join(run_script(tmp_path).stdout.split())
+    # Iterations 11 to 20 and 21 to 30: the second of 200, 300 (the first line is left out); means of
+    # 3, 2 and of 2.2, 2.
+    assert "median iteration time, ms 300.0" in text
+    assert "lm loss, mean of 10 iterations 2.5000 2.1000" in text
+
+
 def test_a_continued_run_counts_its_later_lines(tmp_path):
     # Stopped after iteration 30, continued from a checkpoint of iteration 25: 30 is printed twice.
     lines = [line(25, 80, 2.0), line(30, 90, 1.8), line(30, 91, 1.81), line(35, 95, None)]

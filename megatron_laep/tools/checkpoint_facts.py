@@ -23,9 +23,10 @@ _OPTIMIZER = re.compile(r"^(optimizer\.|chained_\d+\.)")
 def describe_checkpoint(path: Path) -> dict[str, object]:
     """The facts of a torch_dist checkpoint, JSON-able.
 
-    ``map_state`` is "none", "pending" or "applied" (``megatron_laep.checkpoint`` has the table), a
-    layer's ``experts_in_checkpoint`` what the weights are of, ``experts_in_model`` what a job
-    builds that loads it.
+    ``map_state`` is "none", "pending" or "applied" (``megatron_laep.checkpoint`` has the table),
+    ``prunings`` all that the model has behind it, oldest first. A layer's
+    ``experts_in_checkpoint`` is what the weights are of, ``experts_in_model`` what a job builds
+    that loads it, ``lineage`` the original model's ids of those.
     Errors: ValueError if it is not a complete torch_dist checkpoint.
     """
     if not (path / ".metadata").exists():
@@ -57,14 +58,15 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     expert_parameters = sum(_numel(s) for key, s in weights.items() if _EXPERT.search(key))
     parameters = sum(map(_numel, weights.values()))
     experts = _experts(weights)
-    expert_map = record.expert_map
+    expert_map = record.lineage.composed
     return {
         "kind": "checkpoint",
         "path": str(path),
         "iteration": record.iteration,
         "written_by_laep_job": record.is_laep,
         "map_state": record.map_state or "none",
-        "lineage": [expert_map.hash] if expert_map else [],
+        "lineage": list(record.lineage.hashes),
+        "prunings": record.lineage.describe(),
         "window": None
         if record.window is None
         else f"iterations {record.window.start + 1} to {record.window.end} counted",

@@ -187,9 +187,10 @@ def format_description(found: dict[str, object]) -> str:
         if name == "layers":
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
+            value = _words(value)
         elif isinstance(value, list):
-            value = " -> ".join(map(str, value)) or "original model"
+            words = [_words(item) if isinstance(item, dict) else item for item in value]
+            value = "\n".join(words) or "none, this is the original model"
         elif isinstance(value, int):
             value = f"{value:,}" if value >= 10**6 else value
         facts.append((name.replace("_", " "), "not recorded" if value is None else value))
@@ -200,6 +201,10 @@ def format_description(found: dict[str, object]) -> str:
     ]
     table = tabulate(layers, headers="keys", disable_numparse=True, stralign="right")
     return f"{head}\n\n{table}"
+
+
+def _words(facts: dict[str, object]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
 
 
 def _cell(value: object) -> str:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_laep import decision_log
-from megatron_laep.expert_map import ExpertMap, compose
+from megatron_laep.expert_map import ExpertMap
 from megatron_laep.json_text import read_json
+from megatron_laep.lineage import Lineage
 from megatron_laep.pruning import checked_loads
 from megatron_laep.stability import StabilityThresholds
 from megatron_laep.summary import LayerRow, PruningSummary, summarize
@@ -81,20 +82,12 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
             )
         )
         try:
-            _composed(prunings)
+            Lineage(tuple(pruning.expert_map for pruning in prunings))
         except ValueError as error:
             raise ValueError(
                 f"{folder / 'map.json'} does not follow {prunings[-2].folder}/map.json: {error}"
             ) from None
     return prunings
-
-
-def _composed(prunings: Sequence[Pruning]) -> ExpertMap:
-    """The one map that does what all prunings did, one after the other."""
-    expert_map = prunings[0].expert_map
-    for pruning in prunings[1:]:
-        expert_map = compose(expert_map, pruning.expert_map)
-    return expert_map
 
 
 def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.ndarray, ...]:
