@@ -18,6 +18,7 @@ against 2 ms; 24 on 4: at most 0.13 % better, in four windows 0.6 %, in seconds 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -26,9 +27,12 @@ import numpy as np
 # a hundred times as much.
 TOLERANCE = 2000
 SMALLEST_STEP = 10_000
-# Where that leaves more than one part in WORTH_A_SEARCH, all placements that could be better are
-# looked at, if the experts are no more than these, with so many additions: some milliseconds.
+# Where exchanges leave more than one part in WORTH_A_SEARCH, all ways to divide two ranks' experts
+# are looked at, up to so many sums, and all placements, if there are no more experts than these, with
+# so many additions: some milliseconds a layer.
 WORTH_A_SEARCH = 400
+SPLIT_PARTNERS = 8
+SPLIT_SUMS = 2**14
 SEARCHED = ((16, 2**22), (24, 2**18))
 
 
@@ -54,15 +58,15 @@ def balance(
     fewest_R, most_R: limits for the experts on each rank; equal ones keep the counts of `start_K`.
     """
     bound = lower_bound(loads_WK, len(fewest_R), int(fewest_R.min()))
-    search = _Search(loads_WK, start_K, fewest_R, most_R, goal=bound + bound // TOLERANCE)
+    search = _Search(loads_WK, start_K, fewest_R, most_R, bound)
     search.improve()
     additions = max((n for most, n in SEARCHED if loads_WK.shape[1] <= most), default=0)
-    if search.busiest > bound + bound // WORTH_A_SEARCH and additions:
+    if search.is_far and additions:
         # Each of K experts is tried on each of R ranks; each time the sums of all ranks are written.
         width = max(1, additions // (loads_WK.size * len(fewest_R) ** 2))
         found_K = _best_below(loads_WK, fewest_R, most_R, search.busiest, width)
         if found_K is not None:
-            search = _Search(loads_WK, found_K, fewest_R, most_R, goal=search.goal)
+            search = _Search(loads_WK, found_K, fewest_R, most_R, bound)
             search.improve()
     return search.rank_K
 
@@ -86,13 +90,26 @@ def _largest_of_the_others(sums_WR: np.ndarray, rank: int) -> np.ndarray:
     return largest_WR
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Expert `expert` goes from a busiest rank to `rank`, and `partner` (None: nobody) back."""
+@cache
+def _subset_sizes(size: int) -> np.ndarray:
+    """How many of `size` things each subset has; thing j is in those whose number has bit j."""
+    sizes = np.zeros(1, dtype=np.int64)
+    for _ in range(size):
+        sizes = np.concatenate([sizes, sizes + 1])
+    return sizes
 
-    expert: int
-    partner: int | None
-    rank: int
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """These experts go to these ranks, `one` or `other`.
+
+    busiest, pair: what the busiest rank, the busier of the two ranks has then, summed over windows.
+    """
+
+    one: int
+    other: int
+    experts: np.ndarray
+    ranks: np.ndarray
     busiest: int
     pair: int
 
@@ -106,11 +123,13 @@ class _Search:
         start_K: np.ndarray,
         fewest_R: np.ndarray,
         most_R: np.ndarray,
-        *,
-        goal: int,
+        bound: int,
     ) -> None:
-        self._loads_WK, self.goal = loads_WK, goal
+        self._loads_WK = loads_WK
         self._fewest_R, self._most_R = fewest_R, most_R
+        self._goal, self._near = bound + bound // TOLERANCE, bound + bound // WORTH_A_SEARCH
+        self._least_gain = max(1, bound // SMALLEST_STEP)
+        self._sideways = 0
         self.rank_K = start_K.copy()
         self._counts_R = np.bincount(start_K, minlength=len(fewest_R))
         self._sums_WR = rank_sums(loads_WK, start_K, len(fewest_R))
@@ -120,37 +139,51 @@ class _Search:
         """The busiest rank's tokens, summed over the windows."""
         return int(self._sums_WR.max(axis=1).sum())
 
+    @property
+    def is_far(self) -> bool:
+        return self.busiest > self._near
+
     def improve(self) -> None:
         """Steps until the goal is reached or no step is worth it."""
-        sideways = 0
-        least_gain = max(1, self.goal // SMALLEST_STEP)
-        while (busiest := self.busiest) > self.goal:
-            hot = self._sums_WR.argmax(axis=1)
-            # Where one rank is the busiest in several windows, most is gained there.
-            for rank in sorted(set(hot.tolist()), key=lambda r: (-(hot == r).sum(), r)):
-                step = self._best_step(rank)
-                if step is None:
-                    continue
-                if step.busiest > busiest:
-                    continue
-                pair = int(np.maximum(self._sums_WR[:, rank], self._sums_WR[:, step.rank]).sum())
-                if max(busiest - step.busiest, pair - step.pair) < least_gain:
-                    continue
-                # Several ranks can be the busiest together: make this one less so, then the others.
-                sideways = sideways + 1 if step.busiest == busiest else 0
-                if sideways < self._sums_WR.shape[1]:
-                    break
-            else:
-                return
-            self._take(rank, step)
+        while self.busiest > self._goal and (step := self._next_step()) is not None:
+            self.rank_K[step.experts] = step.ranks
+            for rank in (step.one, step.other):
+                here = self.rank_K == rank
+                self._counts_R[rank] = here.sum()
+                self._sums_WR[:, rank] = self._loads_WK[:, here].sum(axis=1)
 
-    def _best_step(self, rank: int) -> _Step | None:
-        """The step that leaves the busiest rank the fewest tokens; None where none is allowed."""
+    def _next_step(self) -> _Step | None:
+        hot = self._sums_WR.argmax(axis=1)
+        # Where one rank is the busiest in several windows, most is gained there.
+        hot_ranks = sorted(set(hot.tolist()), key=lambda rank: (-(hot == rank).sum(), rank))
+        for rank in hot_ranks:
+            if self._is_worth_it(step := self._best_exchange(rank)):
+                return step
+        if self.is_far:
+            lightest = np.argsort(self._sums_WR.sum(axis=0), kind="stable")[:SPLIT_PARTNERS]
+            for other in lightest[lightest != hot_ranks[0]].tolist():
+                if self._is_worth_it(step := self._best_split(hot_ranks[0], other)):
+                    return step
+        return None
+
+    def _is_worth_it(self, step: _Step | None) -> bool:
+        if step is None or step.busiest > self.busiest:
+            return False
+        gain = self.busiest - step.busiest
+        pair = int(np.maximum(*self._sums_WR[:, [step.one, step.other]].T).sum())
+        if max(gain, pair - step.pair) < self._least_gain:
+            return False
+        # Several ranks can be the busiest together: make this one less so, then the others.
+        self._sideways = 0 if gain else self._sideways + 1
+        return self._sideways < self._sums_WR.shape[1]
+
+    def _best_exchange(self, rank: int) -> _Step | None:
+        """An expert of `rank` for one of another rank, or for none where the counts allow it."""
         mine = np.flatnonzero(self.rank_K == rank)
         others = np.flatnonzero(self.rank_K != rank)
         rank_P, loads_WP = self.rank_K[others], self._loads_WK[:, others]
         if self._counts_R[rank] > self._fewest_R[rank]:
-            # A move is an exchange with nobody: an expert without tokens on each rank with room.
+            # None is an expert without tokens, on each rank with room.
             room = np.flatnonzero(self._counts_R < self._most_R)
             room = room[room != rank]
             rank_P = np.concatenate([rank_P, room])
@@ -171,24 +204,45 @@ class _Search:
         best = np.flatnonzero(busiest == busiest.min())
         best = int(best[pair.ravel()[best].argmin()])
         i, j = divmod(best, rank_P.size)
+        other = int(rank_P[j])
+        swapped = j < others.size
         return _Step(
-            expert=int(mine[i]),
-            partner=int(others[j]) if j < others.size else None,
-            rank=int(rank_P[j]),
+            one=rank,
+            other=other,
+            experts=np.array([mine[i], others[j]] if swapped else [mine[i]]),
+            ranks=np.array([other, rank] if swapped else [other]),
             busiest=int(busiest[i, j]),
             pair=int(pair[i, j]),
         )
 
-    def _take(self, rank: int, step: _Step) -> None:
-        change_W = -self._loads_WK[:, step.expert]
-        self.rank_K[step.expert] = step.rank
-        if step.partner is None:
-            self._counts_R[[rank, step.rank]] += (-1, 1)
-        else:
-            self.rank_K[step.partner] = rank
-            change_W = change_W + self._loads_WK[:, step.partner]
-        self._sums_WR[:, rank] += change_W
-        self._sums_WR[:, step.rank] -= change_W
+    def _best_split(self, rank: int, other: int) -> _Step | None:
+        """All experts of two ranks divided anew; None where these are too many ways."""
+        experts = np.flatnonzero((self.rank_K == rank) | (self.rank_K == other))
+        if 2**experts.size * len(self._loads_WK) > SPLIT_SUMS:
+            return None
+        sums_WS = np.zeros((len(self._loads_WK), 1), dtype=np.int64)
+        for expert in experts:
+            more_WS = sums_WS + self._loads_WK[:, expert, None]
+            sums_WS = np.concatenate([sums_WS, more_WS], axis=1)
+        larger_WS = np.maximum(sums_WS, sums_WS[:, -1:] - sums_WS)
+        rest_W = np.delete(self._sums_WR, (rank, other), axis=1).max(axis=1, initial=0)
+        busiest_S = np.maximum(larger_WS, rest_W[:, None]).sum(axis=0)
+        counts_S = _subset_sizes(experts.size)
+        allowed_S = np.ones(counts_S.size, dtype=bool)
+        for where, counts in ((rank, counts_S), (other, experts.size - counts_S)):
+            allowed_S &= (counts >= self._fewest_R[where]) & (counts <= self._most_R[where])
+        pair_S = larger_WS.sum(axis=0)
+        best_S = np.flatnonzero(allowed_S & (busiest_S == busiest_S[allowed_S].min()))
+        best = int(best_S[pair_S[best_S].argmin()])
+        on_rank = best >> np.arange(experts.size) & 1
+        return _Step(
+            one=rank,
+            other=other,
+            experts=experts,
+            ranks=np.where(on_rank, rank, other),
+            busiest=int(busiest_S[best]),
+            pair=int(pair_S[best]),
+        )
 
 
 def _best_below(

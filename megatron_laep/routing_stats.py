@@ -35,9 +35,9 @@ class OpenWindow:
     def parts(self) -> list[tuple[int, list[np.ndarray]]]:
         """The parts of the window: last iteration, and tokens in it: for each layer int64 [E]."""
         parts = []
-        before_LE = [np.zeros(len(row), dtype=np.int64) for row in self.tokens_LE]
+        before_LE = [np.zeros_like(row) for row in self.tokens_LE]
         for last, tokens_LE in (*self.marks, (self.end, self.tokens_LE)):
-            now_LE = [np.array(row, dtype=np.int64) for row in tokens_LE]
+            now_LE = [np.array(row) for row in tokens_LE]
             parts.append((last, [now - was for now, was in zip(now_LE, before_LE, strict=True)]))
             before_LE = now_LE
         return parts
@@ -162,7 +162,7 @@ class PruningWindow:
             before = self._restored
             marks = dict((*before.marks, (before.end, before.tokens_LE)))
             counted = [
-                [tokens_E + np.array(row) for tokens_E, row in zip(rows, before.tokens_LE)]
+                [now_E + np.array(was) for now_E, was in zip(rows, before.tokens_LE, strict=True)]
                 for rows in counted
             ]
         for (end, _), rows in zip(ends, counted, strict=True):

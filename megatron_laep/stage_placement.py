@@ -124,12 +124,23 @@ def _nearly_equal(loads_WK: np.ndarray, num_ranks: int) -> np.ndarray:
 
 def _any_counts(loads_WK: np.ndarray, equal_K: np.ndarray, num_ranks: int, fewest: int):
     """Balanced, with any counts of at least `fewest`; `equal_K` itself if that is as good."""
-    greedy_K = greedy_ranks(loads_WK.sum(axis=0), num_ranks, equal=False)
-    start_K = min(equal_K, greedy_K, key=lambda rank_K: _busiest(loads_WK, rank_K, num_ranks))
-    most_R = np.full(num_ranks, loads_WK.shape[1])
-    rank_K = balance(loads_WK, start_K, np.full(num_ranks, fewest), most_R)
-    better = _busiest(loads_WK, rank_K, num_ranks) < _busiest(loads_WK, equal_K, num_ranks)
-    return rank_K if better else equal_K
+
+    def busiest(rank_K: np.ndarray) -> int:
+        return _busiest(loads_WK, rank_K, num_ranks)
+
+    tokens_K = loads_WK.sum(axis=0)
+    starts = [min(equal_K, greedy_ranks(tokens_K, num_ranks, equal=False), key=busiest)]
+    # An expert that would exceed a rank's fair share with any other: exchanges would have to clear
+    # its rank one by one, each time at the cost of another.
+    alone = (tokens_K + tokens_K.min()) * num_ranks > tokens_K.sum()
+    others = num_ranks - int(alone.sum())
+    if 0 < others < num_ranks and tokens_K[~alone].any():
+        start_K = np.cumsum(alone) - 1
+        start_K[~alone] = greedy_ranks(tokens_K[~alone], others, equal=False) + num_ranks - others
+        starts.append(start_K)
+    fewest_R, most_R = np.full(num_ranks, fewest), np.full(num_ranks, tokens_K.size)
+    found = [balance(loads_WK, start_K, fewest_R, most_R) for start_K in starts]
+    return min(equal_K, *found, key=busiest)
 
 
 def _busiest(loads_WK: np.ndarray, rank_K: np.ndarray, num_ranks: int) -> int:
@@ -187,7 +198,10 @@ def _uneven(
         )
     ]
     total = [
-        sum(_busiest(loads_WK, rank_K, num_ranks) for loads_WK, rank_K in zip(loads_LWK, ranks_LK))
+        sum(
+            _busiest(loads_WK, rank_K, num_ranks)
+            for loads_WK, rank_K in zip(loads_LWK, ranks_LK, strict=True)
+        )
         for ranks_LK in (nearly_equal_LK, fitted_LK)
     ]
     return fitted_LK if total[1] < total[0] else nearly_equal_LK
@@ -235,7 +249,8 @@ class _Stage:
 
     def _exchange_blocks(self, layer: int, one: int, other: int) -> None:
         row = self._rank_LK[layer]
-        row[row == one], row[row == other] = other, one
+        on_one, on_other = row == one, row == other
+        row[on_one], row[on_other] = other, one
         for values in (self.counts_LR, self._sums_LWR):
             values[layer][..., [one, other]] = values[layer][..., [other, one]]
 

@@ -294,17 +294,70 @@ def test_nothing_wrong_is_appended(tmp_path, call, message):
 
 def test_what_a_job_writes_at_pruning():
     log = load_log.read(JOB / "loads.json")
-    assert spans(log) == [(3, 6)]
+    assert spans(log) == [(3, 3), (4, 4), (5, 5), (6, 6)]
+    assert (log.decision_windows, log.stages) == (4, {1: 0, 2: 0, 3: 0, 4: 0})
+    data = json.loads((JOB / "loads.json").read_text())
+    assert [row.tolist() for row in log.last(4)] == data["tokens"]
+    assert log.until(5).decision_windows == 3
     assert log.expert_counts == (8, 8, 8, 8)
-    assert log.window(0)[0].tolist() == [159, 331, 269, 352, 154, 284, 293, 206]
-    assert (log.top_k, log.expert_parallel_size) == (None, None)
-
-
-def test_json_may_say_what_the_plan_needs(tmp_path):
-    data = json.loads((JOB / "loads.json").read_text()) | {"top_k": 1, "expert_parallel_size": 2}
-    (tmp_path / "loads.json").write_text(json.dumps(data))
-    log = load_log.read(tmp_path / "loads.json")
     assert (log.top_k, log.expert_parallel_size) == (1, 2)
+
+
+def read_changed(tmp_path, **changes):
+    path = tmp_path / "loads.json"
+    path.write_text(json.dumps({**json.loads((JOB / "loads.json").read_text()), **changes}))
+    return load_log.read(path)
+
+
+def test_a_job_that_wrote_no_parts_decided_on_one_window(tmp_path):
+    log = read_changed(tmp_path, parts=None, stages=None)
+    assert (spans(log), log.decision_windows, log.stages) == ([(3, 6)], 1, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": [{"last_iteration": 6}]}, "each of the parts must have the fields"),
+        ({"parts": 4}, "parts must be a list"),
+        ({"parts": [{"last_iteration": 6, "tokens": [[1] * 8] * 4}]}, "do not sum up to tokens"),
+        ({"parts": [{"last_iteration": 6, "tokens": [[1] * 4] * 4}]}, "do not sum up to tokens"),
+        ({"stages": [0, 0, 1]}, "there are 3 stages for 4 layers"),
+    ],
+)
+def test_damaged_parts(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_changed(tmp_path, **changes)
+    assert "loads.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        (1, [[10]]),
+        (4, [[7], [8], [9], [10]]),
+        # ends after 1.5, 3, 4.5 and 6 of six windows of 5 iterations, rounded down to iterations
+        (6, [[5], [6, 7], [8], [9, 10]]),
+        (8, [[3, 4], [5, 6], [7, 8], [9, 10]]),
+    ],
+)
+def test_windows_become_the_parts_that_a_job_looks_at(tmp_path, windows, expected):
+    path = tmp_path / "loads.json"
+    content = {
+        "layer_numbers": [4],
+        "window_iterations": 5,
+        "last_iteration_of_window": [5 * i for i in range(1, 11)],
+        "tokens": [[[10**i, 1]] for i in range(1, 11)],
+    }
+    path.write_text(json.dumps(content))
+    parts = load_log.read(path).parts(windows)
+    assert [rows[0][0] for rows in parts] == [sum(10**i for i in part) for part in expected]
+    with pytest.raises(ValueError, match="holds 10 windows: the last 11 were asked for"):
+        load_log.read(path).parts(11)
+
+
+def test_json_may_leave_out_what_the_plan_needs(tmp_path):
+    log = read_changed(tmp_path, top_k=None, expert_parallel_size=None)
+    assert (log.top_k, log.expert_parallel_size) == (None, None)
 
 
 def test_layers_with_different_numbers_of_experts(tmp_path):

@@ -161,41 +161,61 @@ def read_windows():
     from megatron_laep.routing_stats import PruningWindow, RoutingStats
 
     batches = prepare()
-    expected = slow_reference(batches), slow_reference(batches[:1])
+    expected = [slow_reference(batches[:count]) for count in (1, 2, 3)]
     block, layers = build_block()
     stats = RoutingStats(layers)
-    whole, late = PruningWindow(stats, start=0), PruningWindow(stats, start=1)
-    assert not whole.is_open
-    whole.open()
-    forward_backward(block, batches[:1])
-    saved = whole.read(1)
-    late.open()
-    restarted = PruningWindow(stats, start=0, restored=saved)
-    assert restarted.is_open
-    forward_backward(block, batches[1:])
+    # Parts end after 1, 2, 3; after 2 and 3; after 1, 3, 4, 6.
+    whole, late = PruningWindow(stats, 0, 3), PruningWindow(stats, 1, 2)
+    longer = PruningWindow(stats, 0, 6)
+    windows = [whole, late, longer]
+    saved = {}
+    for iteration in range(4):
+        if iteration:
+            forward_backward(block, batches[iteration - 1 : iteration])
+        assert [window.is_open for window in (whole, late)] == [iteration > 0, iteration > 1]
+        for window in windows:
+            window.end_iteration(iteration)
+        if iteration == 1:  # a part ends here
+            saved["whole"] = whole.read(1)
+            windows.append(PruningWindow(stats, 0, 3, restored=saved["whole"]))
+        if iteration == 2:  # in the middle of a part
+            saved["longer"] = longer.read(2)
+            windows.append(PruningWindow(stats, 0, 6, restored=saved["longer"]))
     # As plain values: their class would have pytest's own process import Megatron.
-    readings = [saved, whole.read(3), late.read(3), restarted.read(3)]
-    return expected, stats.expert_counts, [dataclasses.astuple(reading) for reading in readings]
+    readings = [*saved.values(), *(window.read(3) for window in windows)]
+    parts = [(last, [row.tolist() for row in rows]) for last, rows in whole.read(3).parts]
+    values = [dataclasses.astuple(reading) for reading in readings]
+    return expected, stats.expert_counts, stats.stages, values, parts
 
 
 def test_windows():
     outcome = in_megatron(read_windows).result()
-    (all_batches, first_batch), expert_counts, (saved, whole, late, restarted) = outcome
+    references, expert_counts, stages, values, parts = outcome
+    saved, saved_inside, whole, late, longer, restarted, restarted_inside = values
     assert expert_counts == {1: EXPERTS, 3: EXPERTS}
-    first, all_ = (
-        tuple(tuple(counts) for counts in reference.values())
-        for reference in (first_batch, all_batches)
+    assert stages == {1: 0, 3: 0}
+    one, two, three = (
+        tuple(tuple(counts) for counts in reference.values()) for reference in references
     )
-    assert saved == (0, 1, first)
+    assert saved == (0, 1, one, ())
+    assert saved_inside == (0, 2, two, ((1, one),))
     # The same window, read again after more was counted.
-    assert whole == (0, 3, all_)
-    # Opened later: the difference of the two.
-    difference = tuple(
-        tuple(a - f for a, f in zip(*rows, strict=True)) for rows in zip(all_, first, strict=True)
-    )
-    assert late == (1, 3, difference)
+    assert whole == (0, 3, three, ((1, one), (2, two)))
+    # Opened later: the difference.
+    assert late == (1, 3, minus(three, one), ((2, minus(two, one)),))
+    assert longer == (0, 3, three, ((1, one),))
     # Went on from what was saved.
     assert restarted == whole
+    assert restarted_inside == longer
+    rows_of_parts = [one, minus(two, one), minus(three, two)]
+    assert parts == [(i + 1, [list(row) for row in rows_of_parts[i]]) for i in range(3)]
+
+
+def minus(later, earlier):
+    return tuple(
+        tuple(a - b for a, b in zip(*rows, strict=True))
+        for rows in zip(later, earlier, strict=True)
+    )
 
 
 def inspect_counter():
@@ -315,6 +335,10 @@ def test_window_is_the_sum_of_its_iterations(pruned):
     assert loads["tokens"] == window_sum(product)
     assert (loads["iteration"], loads["window"]) == (PRUNE, WINDOW)
     assert loads["layer_numbers"] == [1, 2, 3, 4]
+    assert loads["stages"] == [0, 0, 0, 0]
+    # Three iterations make three parts.
+    parts = {part["last_iteration"]: part["tokens"] for part in loads["parts"]}
+    assert parts == {i: list(product[i].values()) for i in range(PRUNE - WINDOW + 1, PRUNE + 1)}
 
 
 @pytest.mark.distributed
@@ -339,19 +363,21 @@ def test_restart_inside_the_window(pruned, tmp_path):
 
 
 @pytest.mark.distributed
-def test_pipeline_stages_and_dense_layers():
+def test_pipeline_stages_and_dense_layers(tmp_path):
     # Layers 1 and 3 have experts, the stages are layers 1, 2 and 3, 4.
-    arguments = job(
+    arguments = pruning_job(
+        tmp_path,
         pipeline_model_parallel_size=2,
         expert_model_parallel_size=1,
         moe_layer_freq=2,
-        train_iters=2,
         **SELECTIVE_RECOMPUTE,
     )
     outcomes = on_ranks(2, counted_job, arguments)
     product, reference = counts_of(outcomes)
-    check_totals(product, [1, 3], range(1, 3))
+    check_totals(product, [1, 3], range(1, PRUNE + 1))
     assert product == reference
+    loads = saved_loads(tmp_path)
+    assert (loads["layer_numbers"], loads["stages"]) == ([1, 3], [0, 1])
     stages = [sorted(rank.result()[1][1]) for rank in outcomes]
     assert stages == [[1], [3]]
 

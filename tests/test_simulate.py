@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_laep import load_log
 from megatron_laep.config import LaepConfig
 from megatron_laep.planning import make_expert_map
 from megatron_laep.tools import simulate
@@ -70,12 +71,12 @@ def test_the_published_parameters_exactly(capsys):
 
 def test_algorithm_1_keeps_the_published_counts_of_the_generated_loads():
     description = yaml.safe_load(MODEL.read_text(encoding="utf-8"))
-    loads, iteration = simulate.read_loads(LOADS)
+    log = load_log.read(LOADS)
     one = make_expert_map(
-        list(loads.values()),
-        list(loads),
+        log.last(1),
+        log.layer_numbers,
         config=LaepConfig(prune_iteration=1, **description["laep"]),
-        iteration=iteration,
+        iteration=100,
         top_k=2,
         expert_parallel_size_before=4,
         expert_parallel_size_after=4,
@@ -167,10 +168,9 @@ def test_real_recorded_loads_and_the_hash_of_the_jobs_plan(capsys, tiny, tmp_pat
 
 
 def test_windows_are_summed(tmp_path):
-    last, iteration = simulate.read_loads(RECORDED)
-    both, _ = simulate.read_loads(RECORDED, 2)
+    last = simulate.total_loads(load_log.read(RECORDED), 1)
+    both = simulate.total_loads(load_log.read(RECORDED), 2)
     tokens = json.loads(RECORDED.read_text(encoding="utf-8"))["tokens"]
-    assert iteration == 500
     assert last == dict(zip([1, 2, 3, 4], tokens[-1], strict=True))
     assert both[3][5] == tokens[-1][2][5] + tokens[-2][2][5]
     # a job's loads.json has one window and no list of them
@@ -178,7 +178,7 @@ def test_windows_are_summed(tmp_path):
     path.write_text(
         json.dumps({"iteration": 7, "window": 5, "layer_numbers": [2], "tokens": [[1, 2]]})
     )
-    assert simulate.read_loads(path) == ({2: [1, 2]}, 7)
+    assert simulate.total_loads(load_log.read(path), 1) == {2: [1, 2]}
 
 
 def test_the_subcommand_registers_itself(tiny):
@@ -257,7 +257,7 @@ def test_bad_model_files(capsys, tmp_path, section, change, message):
     ("arguments", "message"),
     [
         (("--hardware", "b200"), "neither a file nor one of those beside"),
-        (("--hardware", "a800", "--ep", "3"), "not divisible by expert-model-parallel-size 3"),
+        (("--hardware", "a800", "--ep", "3"), "expert-parallel size 3 does not divide tensor"),
         (("--hardware", "a800", "--ep", "0"), "--ep must be at least 1, got 0"),
         (("--hardware", "a800", "--beta", "2"), "--laep-beta must be within 0 and 1, got 2"),
         (("--hardware", "a800", "--windows", "2"), "holds 1 windows: the last 2 were asked for"),

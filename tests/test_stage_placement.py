@@ -115,6 +115,28 @@ def test_the_least_balance_of_loads_goes_for_memory():
         assert np.ptp(held(placements)) == (spread or 0)
 
 
+@pytest.mark.parametrize("ranks", [4, 8, 16])
+@pytest.mark.parametrize("sigma", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("spread", [None, 0])
+def test_the_limit_is_kept_and_costs_little(ranks, sigma, spread):
+    """Busy experts sit nearly alone, so that the layers' counts differ widely, and a few layers have
+    to balance them."""
+    for layers in (2, 4, 6, 12):
+        loads_LWK = pruned(lognormal(layers, layers, 64, sigma=sigma))
+        loads_LWK = [x for x in loads_LWK if x.shape[1] >= ranks]
+        options = {"uneven": True, "max_spread": spread}
+        placements = place_stage(loads_LWK, ranks, "balanced", **options)
+        total_R = held(placements)
+        total, nearest = int(total_R.sum()), -(-int(total_R.sum()) // ranks)
+        if spread is None:
+            assert total_R.max() <= max(nearest, 1.02 * total / ranks)
+        else:
+            assert np.ptp(total_R) == (total % ranks > 0)
+        free = place_stage(loads_LWK, ranks, "balanced", uneven=True, max_spread=10**6)
+        loss = busiest(loads_LWK, placements, ranks) / busiest(loads_LWK, free, ranks)
+        assert 0.999 < loss < (1.08 if layers == 2 else 1.01)
+
+
 def best_of_all(loads_LWK, num_ranks, max_spread) -> int:
     """Every placement of every layer; the best in which the ranks hold about as many experts."""
     options_L = []

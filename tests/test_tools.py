@@ -178,11 +178,11 @@ class TestPlan:
         assert data["parameters_after"] is None
 
     def test_windows_and_until(self, log):
-        """The log knows top-k and the EP size; four windows together as numpy sums them."""
+        """The log knows top-k and the EP size; four windows are the parts that a job looks at."""
         data = json.loads(product("plan", log, "--windows", "4", "--until", "150", "--json"))
         recorded = np.array(json.loads(RECORDED.read_text())["tokens"])
         expected = make_expert_map(
-            recorded[2:6].sum(axis=0),
+            recorded[2:6],
             [1, 2, 3, 4],
             config=LaepConfig(prune_iteration=150),
             iteration=150,
@@ -193,6 +193,43 @@ class TestPlan:
         assert data["expert_map_hash"] == expected.hash
         text = product("plan", log.parent.parent, "--windows", "4", "--until", "150")
         assert f"loads of iterations 51 to 150; map {expected.hash}" in text
+
+    def test_uneven_counts(self):
+        """What the rule says, to the expert; more even ranks where memory may differ more."""
+        rows, found = {}, {}
+        for name, flags in {
+            "rounded": (),
+            "exact": ("--expert-multiple", "1"),
+            "spread": ("--expert-multiple", "1", "--max-experts-per-rank-spread", "12"),
+        }.items():
+            found[name] = json.loads(
+                product("plan", RECORDED, *MODEL, "--windows", "4", "--json", *flags)
+            )
+            rows[name] = found[name]["rows"]
+            (stage,) = found[name]["stages"]
+            assert sum(stage["experts_per_rank"]) == found[name]["experts_after"]
+            assert stage["spread"] <= (12 if name == "spread" else 1)
+        assert found["exact"]["experts_after"] < found["rounded"]["experts_after"]
+        ratios = {name: np.mean([row["imbalance_after"] for row in rows[name]]) for name in rows}
+        assert 1 <= ratios["spread"] < ratios["exact"] < 1.01
+        for row in rows["spread"]:
+            assert row["distance_from_bound"] == row["imbalance_after"] / row["imbalance_bound"]
+        message = sentence("plan", RECORDED, *MODEL, "--max-experts-per-rank-spread", "-1")
+        assert "--laep-max-experts-per-rank-spread must be an integer of at least 0" in message
+
+    def test_stages_of_the_file(self, tmp_path):
+        """Each stage's ranks hold about as many experts of it."""
+        data = json.loads((JOB / "loads.json").read_text())
+        data["stages"] = [0, 0, 1, 1]
+        path = tmp_path / "loads.json"
+        path.write_text(json.dumps(data))
+        rules = ("--alpha", "1.0", "--beta", "0.5", "--top-k", "1", "--ep", "2", "--json")
+        found = json.loads(product("plan", path, *rules, "--expert-multiple", "1"))
+        assert [row["layer_numbers"] for row in found["stages"]] == [[1, 2], [3, 4]]
+        assert max(row["spread"] for row in found["stages"]) <= 1
+        for stages, message in (([0, 0], "2 stages for 4 layers"), ([0, 0, 0, -1], "stages")):
+            path.write_text(json.dumps({**data, "stages": stages}))
+            assert message in sentence("plan", path, *rules)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -209,7 +246,7 @@ class TestPlan:
             ((*MODEL, "--ep-before", 64), "layers of 32 experts, which 64 expert-parallel ranks"),
             ((*MODEL, "--windows", 21), "holds 20 windows: the last 21 were asked for"),
             ((*MODEL, "--until", 24), "no window that ends at iteration 24 or before"),
-            ((*MODEL, "--expert-multiple", 3), "not divisible by expert-model-parallel-size 2"),
+            ((*MODEL, "--expert-multiple", 3), "layer 1: 32 experts are not a multiple of 3"),
             ((*MODEL, "--other-parameters", 9), "belong together: give both"),
             (
                 (*MODEL, *SIZES, "--bytes-per-parameter", "nan"),
@@ -346,7 +383,7 @@ class TestSweep:
         row = text.splitlines()[3].split()
         assert row == [
             *("0.4", "0.1", "2", "128", "->", "40", "68.8", "2.3", "M", "55.5", "1.79"),
-            *("1.312", "1.020", "1.042", "1.055", "0"),
+            *("1.312", "1.019", "1.042", "1.055", "0"),
         ]
 
     def test_a_hundred_combinations_of_the_published_shape_take_seconds(self, tmp_path):
@@ -496,7 +533,7 @@ class TestInspect:
         assert data["hash"] == stored["hash"]
         assert data["layers"][0]["lineage"] == stored["layers"][0]["kept"]
         assert [layer["experts_after"] for layer in data["layers"]] == [6, 6, 4, 4]
-        assert "3 5 7 1 6 2" in product("inspect", JOB / "map.json")
+        assert "6 5 2 3 1 7" in product("inspect", JOB / "map.json")
 
     def test_log(self, log):
         data = json.loads(product("inspect", log, "--json"))

@@ -447,6 +447,6 @@ def test_every_rank_of_a_real_run_complains_before_it_begins(tmp_path):
         complaints = [line for line in log.splitlines() if line.startswith("ValueError: ")]
         assert len(complaints) == 1, log[-3000:]
         assert "--laep-expert-multiple 3" in complaints[0]
-        assert "expert-model-parallel-size 2" in complaints[0]
+        assert "--num-experts 8" in complaints[0]
         assert "building GPT model" not in log and "iteration        1/" not in log
     assert not (tmp_path / "save").exists()

@@ -73,9 +73,10 @@ def plan_on_rank_0(tokens_LE: list[list], laep: dict) -> str:
 
     from megatron_laep.config import LaepConfig
     from megatron_laep.job import Job
+    from megatron_laep.routing_stats import OpenWindow
 
     job = Job(LaepConfig(prune_iteration=10, **laep))
-    job._stats = SimpleNamespace(layer_numbers=LAYERS[: len(tokens_LE)])
+    job._stats = SimpleNamespace(layer_numbers=LAYERS[: len(tokens_LE)], stages=None)
     args = Namespace(
         expert_model_parallel_size=2,
         moe_router_topk=2,
@@ -83,7 +84,7 @@ def plan_on_rank_0(tokens_LE: list[list], laep: dict) -> str:
         moe_layer_freq=1,
         num_layers=4,
     )
-    seen = tokens_LE if torch.distributed.get_rank() == 0 else None
+    seen = OpenWindow(0, 10, tokens_LE) if torch.distributed.get_rank() == 0 else None
     return job._agree_on_plan(seen, 10, args).to_json()
 
 
@@ -116,10 +117,12 @@ def plan_from_file(plan: str, tokens_LE: list) -> str:
 
     from megatron_laep.config import LaepConfig
     from megatron_laep.job import Job
+    from megatron_laep.routing_stats import OpenWindow
 
     job = Job(LaepConfig(prune_iteration=10, plan="plan.json"))
     job._plan = ExpertMap.from_json(plan)
-    return job._agree_on_plan(tokens_LE, 10, Namespace(expert_model_parallel_size=2)).to_json()
+    window, args = OpenWindow(0, 10, tokens_LE), Namespace(expert_model_parallel_size=2)
+    return job._agree_on_plan(window, 10, args).to_json()
 
 
 @pytest.mark.distributed
