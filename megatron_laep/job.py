@@ -465,11 +465,15 @@ class Job:
     def _report(self, expert_map: ExpertMap, window: OpenWindow, model, args: Namespace) -> None:
         """Prints the table and writes it beside the checkpoint, for people and tools. A collective."""
         size = model_size.measure(model, find_layers(model), expert_map, args)
+        blocks_before = metrics.blocks_of_ranks(
+            self.expert_map, self._stats.expert_counts, args.expert_model_parallel_size
+        )
         summary = summarize(
             expert_map,
             size,
             pipeline_parallel_size=args.pipeline_model_parallel_size,
             stages=self._stats.stages,
+            blocks_before=blocks_before,
         )
         events.log_text(summary.format_table())
         if events.is_rank_0():
@@ -481,6 +485,7 @@ class Job:
                 "expert_parallel_size": args.expert_model_parallel_size,
                 "layer_numbers": list(self._stats.layer_numbers),
                 "stages": list(self._stats.stages.values()),
+                "experts_per_rank": [list(counts) for counts in blocks_before],
                 "tokens": [list(tokens_E) for tokens_E in window.tokens_LE],
                 "parts": [
                     {"last_iteration": last, "tokens": [row.tolist() for row in tokens_LE]}

@@ -23,6 +23,7 @@ from megatron_laep.expert_map import near_equal_blocks
 from megatron_laep.json_text import read_json
 from megatron_laep.load_recorder import (
     FORMAT,
+    checked_blocks,
     checked_integers,
     read_header,
     sound_records,
@@ -140,14 +141,20 @@ class LoadLog:
         ranks = expert_parallel_size or int(self.expert_parallel_sizes[index])
         if not ranks:
             raise ValueError(f"{self.source} does not say on how many expert-parallel ranks it was")
-        blocks = self.experts_per_rank
-        if not blocks or len(blocks[0]) != ranks:
-            try:
-                blocks = near_equal_blocks(self.expert_counts, ranks)
-            except ValueError as error:
-                raise ValueError(f"{self.source}: {error}") from None
-        rows = zip(self.window(index), blocks, strict=True)
+        rows = zip(self.window(index), self.blocks(ranks), strict=True)
         return np.stack([rank_loads(row, counts) for row, counts in rows])
+
+    def blocks(self, expert_parallel_size: int) -> tuple[tuple[int, ...], ...]:
+        """For each layer the experts on each of so many expert-parallel ranks.
+
+        Errors: ValueError if a layer has fewer experts than that.
+        """
+        if self.experts_per_rank and len(self.experts_per_rank[0]) == expert_parallel_size:
+            return self.experts_per_rank
+        try:
+            return near_equal_blocks(self.expert_counts, expert_parallel_size)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from None
 
 
 def read(path: str | os.PathLike, data: object = None) -> LoadLog:
@@ -274,6 +281,9 @@ def _from_json(data: object, path: Path) -> LoadLog:
         if len(of_layers) != len(numbers):
             raise ValueError(f"there are {len(of_layers)} stages for {len(numbers)} layers")
         stages = dict(zip(numbers, of_layers, strict=True))
+    blocks = ()
+    if data.get("experts_per_rank") is not None:
+        blocks = checked_blocks(data["experts_per_rank"], sizes)
     last_iterations = np.array(lasts, dtype=np.int64)
     log = _checked(
         LoadLog(
@@ -286,6 +296,7 @@ def _from_json(data: object, path: Path) -> LoadLog:
             expert_parallel_sizes=np.full(len(lasts), optional.get("expert_parallel_size", 0)),
             top_k=optional.get("top_k"),
             stages=stages,
+            experts_per_rank=blocks,
         )
     )
     return _in_parts(log, data["parts"]) if data.get("parts") else log

@@ -116,8 +116,8 @@ class LoadLogHeader:
             )
         if self.original_ids and tuple(map(len, self.original_ids)) != counts:
             raise ValueError("original_ids must have one id for each expert of each layer")
-        if self.experts_per_rank and tuple(map(sum, self.experts_per_rank)) != counts:
-            raise ValueError("experts_per_rank must sum to the experts of each layer")
+        if self.experts_per_rank:
+            checked_blocks(self.experts_per_rank, counts)
 
     @property
     def stem(self) -> str:
@@ -285,6 +285,20 @@ def token_counts(values: object, where: str) -> np.ndarray:
         expert = int(counts.argmin())
         raise ValueError(f"{where}: the load of expert {expert} is negative: {counts[expert]}")
     return counts.astype(np.int64)
+
+
+def checked_blocks(value: object, expert_counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Experts on each rank, for each layer, if they are those of layers of `expert_counts`."""
+    if not isinstance(value, list | tuple) or len(value) != len(expert_counts):
+        raise ValueError(
+            f"experts_per_rank must have a list for each of {len(expert_counts)} layers"
+        )
+    blocks = tuple(checked_integers(row, "experts_per_rank", minimum=0) for row in value)
+    if list(map(sum, blocks)) != list(expert_counts) or len(set(map(len, blocks))) != 1:
+        raise ValueError(
+            "experts_per_rank must sum to the experts of each layer, on equally many ranks"
+        )
+    return blocks
 
 
 def checked_integers(values: object, what: str, minimum: int) -> tuple[int, ...]:

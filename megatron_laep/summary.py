@@ -200,9 +200,12 @@ def summarize(
     *,
     pipeline_parallel_size: int = 1,
     stages: Mapping[int, int] | None = None,
+    blocks_before: Sequence[Sequence[int]] | None = None,
 ) -> PruningSummary:
     """Rows and totals for a map.
 
+    blocks_before: for each layer of the map the experts on each rank before it; None: equal blocks,
+        as in a model that was not pruned yet.
     stages: the pipeline stage of each layer number; None if all are in one, or unknown.
     size: None if it is unknown, as for a tool that has only loads.
     pipeline_parallel_size: pipeline stages that the layers are spread over; only the memory per
@@ -216,7 +219,14 @@ def summarize(
     experts_after = sum(layer.experts_after for layer in expert_map.layers)
     known = [layer for layer in expert_map.layers if layer.loads]
     return PruningSummary(
-        rows=tuple(_row(layer, ranks_before) for layer in expert_map.layers),
+        rows=tuple(
+            _row(layer, blocks)
+            for layer, blocks in zip(
+                expert_map.layers,
+                blocks_before or [_equal(layer, ranks_before) for layer in expert_map.layers],
+                strict=True,
+            )
+        ),
         stages=_stage_rows(expert_map, stages or dict.fromkeys(expert_map.layer_numbers, 0)),
         expert_map_hash=expert_map.hash,
         iteration=expert_map.iteration,
@@ -255,13 +265,17 @@ def _sizes(
     return {**values, "memory_freed_bytes_per_rank": per_rank}
 
 
-def _row(layer: LayerMap, ranks_before: int) -> LayerRow:
+def _equal(layer: LayerMap, ranks: int) -> tuple[int, ...] | None:
+    """Equal blocks before; None for a number of ranks on which the layer cannot have been."""
+    return None if layer.experts_before % ranks else (layer.experts_before // ranks,) * ranks
+
+
+def _row(layer: LayerMap, blocks_before: Sequence[int] | None) -> LayerRow:
     rerouted = before = after = bound = hottest = None
     if layer.loads:
         rerouted = _percent(_rerouted(layer), sum(layer.loads))
-        if layer.experts_before % ranks_before == 0:
-            block = layer.experts_before // ranks_before
-            before = _imbalance(layer.loads, (block,) * ranks_before)
+        if blocks_before is not None:
+            before = _imbalance(layer.loads, blocks_before)
         kept_loads = [layer.loads[old_expert_id] for old_expert_id in layer.kept]
         after = _imbalance(kept_loads, layer.experts_per_rank)
         if after is not None:

@@ -50,13 +50,14 @@ def run(args: argparse.Namespace) -> int:
         **options.rounding(args),
     )
     config.validate()
+    ep_before = options.resolve_ep_before(args, log, default=ep_after)
     expert_map = make_expert_map(
         log.parts(args.windows),
         log.layer_numbers,
         config=config,
         iteration=config.prune_iteration,
         top_k=options.resolve_top_k(args, log),
-        expert_parallel_size_before=options.resolve_ep_before(args, log, default=ep_after),
+        expert_parallel_size_before=ep_before,
         expert_parallel_size_after=ep_after,
         stages=log.stages,
     )
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         size,
         pipeline_parallel_size=args.pipeline_parallel_size,
         stages=log.stages,
+        blocks_before=log.blocks(ep_before),
     )
     if args.output is not None:
         options.write_text(args.output, expert_map.to_json(), options.files_of(log))

@@ -105,9 +105,9 @@ def _pruning_data(
     if position + 1 < len(prunings):
         last = prunings[position + 1].expert_map.iteration
     layers = []
-    for layer, tokens_E in zip(expert_map.layers, pruning.tokens_LE, strict=True):
-        ranks_before = expert_map.expert_parallel_size_before
-        blocks_before = [layer.experts_before // ranks_before] * ranks_before
+    for layer, tokens_E, blocks_before in zip(
+        expert_map.layers, pruning.tokens_LE, pruning.blocks_before, strict=True
+    ):
         layers.append(
             {
                 "layer_number": layer.layer_number,

@@ -9,14 +9,15 @@ Shape suffixes: L MoE layers, E experts.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_laep import decision_log
+from megatron_laep import decision_log, load_log
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.json_text import read_json
 from megatron_laep.lineage import Lineage
@@ -31,13 +32,18 @@ _DECISION_FIELDS = ("verdict", "stable_layers", "layers", "layers_needed", "thre
 
 @dataclass(frozen=True)
 class Pruning:
-    """One `laep/iter_*` folder. tokens_LE: what the job counted in the window before it."""
+    """One `laep/iter_*` folder.
+
+    tokens_LE: what the job counted in the window before it.
+    blocks_before: for each layer the experts on each rank before it.
+    """
 
     folder: str
     expert_map: ExpertMap
     table: dict
     window: int
     tokens_LE: tuple[np.ndarray, ...]
+    blocks_before: tuple[tuple[int, ...], ...]
 
 
 def _read_numbers(path: Path) -> object:
@@ -68,8 +74,10 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
                     expert_map = ExpertMap.from_dict(contents[name])
                 elif name == "loads.json":
                     tokens_LE = _checked_decision_loads(contents[name], expert_map)
+                    loads = load_log.read(path)
+                    blocks = loads.blocks(expert_map.expert_parallel_size_before)
                 else:
-                    _check_table(contents[name], expert_map)
+                    _check_table(contents[name], expert_map, loads.stages, blocks)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         prunings.append(
@@ -79,6 +87,7 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
                 table=contents["table.json"],
                 window=contents["loads.json"]["window"],
                 tokens_LE=tokens_LE,
+                blocks_before=blocks,
             )
         )
         try:
@@ -136,7 +145,12 @@ def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.nda
     return tuple(checked)
 
 
-def _check_table(data: object, expert_map: ExpertMap) -> None:
+def _check_table(
+    data: object,
+    expert_map: ExpertMap,
+    stages: Mapping[int, int] | None,
+    blocks_before: Sequence[Sequence[int]],
+) -> None:
     wanted = [field.name for field in dataclasses.fields(PruningSummary)]
     if not isinstance(data, dict) or any(name not in data for name in wanted):
         raise ValueError(f"it must be an object with the fields {', '.join(wanted)}")
@@ -158,7 +172,8 @@ def _check_table(data: object, expert_map: ExpertMap) -> None:
         _check_numbers(row, LayerRow, f"layer {row['layer_number']}: ")
     if [row["layer_number"] for row in rows] != list(expert_map.layer_numbers):
         raise ValueError("its rows are not the layers of map.json: the file is incomplete")
-    made = summarize(expert_map, None).to_dict()
+    summary = summarize(expert_map, None, stages=stages, blocks_before=blocks_before)
+    made = json.loads(json.dumps(summary.to_dict()))  # lists, as in the file
     _check_same(data, made, [name for name in made if name not in ("rows", *_SIZES)], "")
     for row, made_row in zip(rows, made["rows"], strict=True):
         _check_same(row, made_row, made_row, f"layer {row['layer_number']}: ")

@@ -7,7 +7,7 @@ import csv
 import io
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -18,7 +18,7 @@ from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.load_log import LoadLog
 from megatron_laep.planning import fewest_kept, make_expert_map
-from megatron_laep.summary import ModelSize, scaled, summarize
+from megatron_laep.summary import ModelSize, PruningSummary, scaled, summarize
 from megatron_laep.tools import options
 
 
@@ -64,11 +64,13 @@ def sweep(
     rounding: Mapping[str, object] | None = None,
     stages: Mapping[int, int] | None = None,
     size: ModelSize | None = None,
+    blocks: Callable[[int], Sequence[Sequence[int]]] | None = None,
 ) -> Iterator[SweepRow]:
     """One row for each (alpha, beta, expert-parallel size after pruning), in the order given.
 
     expert_parallel_size_before: None for the size after pruning.
     rounding: fields of `LaepConfig` besides alpha and beta, the same in each row.
+    blocks: for so many ranks before, each layer's experts on them; None: equal ones.
     Other arguments: as in `planning.make_expert_map` and `summary.summarize`.
     Errors: ValueError as there.
     """
@@ -80,21 +82,24 @@ def sweep(
             **(rounding or {}),
         )
         config.validate()
+        ranks_before = expert_parallel_size_before or ranks
         expert_map = make_expert_map(
             loads,
             layer_numbers,
             config=config,
             iteration=iteration,
             top_k=top_k,
-            expert_parallel_size_before=expert_parallel_size_before or ranks,
+            expert_parallel_size_before=ranks_before,
             expert_parallel_size_after=ranks,
             stages=stages,
         )
-        yield _row(expert_map, size, _floor(expert_map, config, stages))
+        summary = summarize(
+            expert_map, size, blocks_before=blocks and blocks(ranks_before), stages=stages
+        )
+        yield _row(expert_map, summary, _floor(expert_map, config, stages))
 
 
-def _row(expert_map: ExpertMap, size: ModelSize | None, floor_L: Sequence[int]) -> SweepRow:
-    summary = summarize(expert_map, size)
+def _row(expert_map: ExpertMap, summary: PruningSummary, floor_L: Sequence[int]) -> SweepRow:
     before = [row.imbalance_before for row in summary.rows]
     after = [row.imbalance_after for row in summary.rows]
     return SweepRow(
@@ -185,6 +190,7 @@ def run(args: argparse.Namespace) -> int:
         expert_parallel_size_before=options.resolve_ep_before(args, log, default=0) or None,
         rounding=options.rounding(args),
         stages=log.stages,
+        blocks=log.blocks,
         size=size,
     )
     # Nothing shows unless it takes longer than two seconds, and nothing where nobody looks.
