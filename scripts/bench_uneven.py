@@ -116,7 +116,7 @@ def judge(case: Case, results: dict[str, Result]) -> tuple[list[str], list[str]]
     hot = [i for i, row in enumerate(exact.rows) if row.imbalance_bound > 1]
     fair = [i for i in range(len(exact.rows)) if i not in hot]
     if hot:
-        notes.append(f"one expert > a fair share in {len(hot)} of {len(exact.rows)} layers")
+        notes.append(f"1 expert > fair share: {len(hot)} of {len(exact.rows)} layers")
     for other in results.values():
         if exact.experts > other.experts:
             failures.append(f"has more parameters than '{other.method}'")
@@ -179,7 +179,7 @@ def cases(recorded: Path, layers: int, seed: int) -> list[Case]:
     for name, loads_LE in generated.items():
         found += [Case(name, loads_LE, ranks, per_expert) for ranks in (4, 8)]
     alpha = published["laep"]["alpha"]
-    found += [Case("published shape", synthetic, ranks, per_expert, alpha) for ranks in (4, 8)]
+    found += [Case("1515B, synthetic", synthetic, ranks, per_expert, alpha) for ranks in (4, 8)]
     stages = {number: number for number in range(1, len(synthetic) + 1)}
     found.append(Case("same, a layer a stage", synthetic, 4, per_expert, alpha, stages))
     return found
@@ -248,7 +248,8 @@ def main() -> int:
         "the mean rank's, mean of\nthe layers; bound: max(1, hottest expert / mean rank). They count "
         "the kept experts' own tokens: the pruned experts'\nare taken to be shared out over the kept "
         "ones in proportion to their load, which leaves the ratio as it is. spread:\nexperts of a "
-        "stage on its fullest rank minus on its emptiest."
+        "stage on its fullest rank minus on its emptiest. 1 expert > fair share: it alone has more "
+        "tokens than the\nmean rank, and no placement helps."
     )
     print(
         "\n".join(["", *(f"FAILED: {text}" for text in failures)])

@@ -37,7 +37,7 @@ def test_the_claims_hold_on_every_case(bench, results):
         notes[case.name, case.ranks], failures = bench["judge"](case, found)
         assert failures == [], case.name
     # and the unfavourable ones are in it
-    assert "one expert > a fair share in 4 of 4 layers" in notes["recorded", 8]
+    assert "1 expert > fair share: 4 of 4 layers" in notes["recorded", 8]
     assert "best placement there is" in notes["recorded", 2][0]
     assert "memory limit" in notes["same, a layer a stage", 4][1]
     assert notes["Zipf, 64 -> 48", 4] == []
@@ -92,23 +92,36 @@ def test_a_claim_that_does_not_hold_is_told(bench, results, change, message):
     assert any(message in text for text in failures), failures
 
 
-def test_as_a_user_runs_it(tmp_path):
-    path = tmp_path / "loads.json"
-    tokens = [[5, 90, 70, 60, 40, 30, 20, 10]] * 3
-    path.write_text(
-        json.dumps({"iteration": 9, "window": 9, "layer_numbers": [1, 2, 5], "tokens": tokens})
-    )
+def run(*arguments) -> str:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(path), "--layers", "2"],
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    return done.stdout
+
+
+def test_the_readme_shows_what_it_prints():
+    printed = [line.rstrip() for line in run().splitlines()]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text[text.index("## Uneven counts") :].split("```")[1].strip().splitlines()
+    assert len(shown) > 15
+    assert [line for line in shown if line not in printed] == []
+
+
+def test_as_a_user_runs_it(tmp_path):
+    path = tmp_path / "loads.json"
+    tokens = [[5, 90, 70, 60, 40, 30, 20, 10]] * 3
+    path.write_text(
+        json.dumps({"iteration": 9, "window": 9, "layer_numbers": [1, 2, 5], "tokens": tokens})
+    )
+    printed = run(path, "--layers", "2")
     for column in ("parameters", "bound", "spread", "note"):
-        assert column in done.stdout
-    assert "in proportion to their load" in done.stdout.replace("\n", " ")
-    assert "all claims hold" in done.stdout
+        assert column in printed
+    assert "in proportion to their load" in printed.replace("\n", " ")
+    assert "all claims hold" in printed
     # three layers of 8 experts and 32768 parameters
-    assert "786.4 k" in done.stdout
+    assert "786.4 k" in printed
