@@ -106,6 +106,8 @@ train() {
         --eval-iters 10
         --log-interval 5
         --laep-prune-iteration "$prune_iteration"
+        # Ten windows before the pruning tell whether the loads are stable.
+        --laep-window "$(((prune_iteration + 9) / 10))"
         --laep-record-interval 10
     )
     # torch.distributed.run is torchrun: started as a module it is surely the environment's own.
