@@ -273,8 +273,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=PLACEMENTS,
         default=defaults.placement,
         help="balanced: place the kept experts so that the busiest expert-parallel rank has the "
-        "fewest tokens, mean over parts of the window. greedy: LAEP Algorithm 2. none: keep their "
-        f"order (default: {defaults.placement}).",
+        "fewest tokens, mean over parts of the window. greedy: LAEP Algorithm 2, where counts may "
+        "differ without its limit on the experts of a rank. none: keep their order, in blocks as "
+        f"equal as possible (default: {defaults.placement}).",
     )
     group.add_argument(
         "--laep-allow-empty-ranks",

@@ -122,7 +122,9 @@ def _nearly_equal(loads_WK: np.ndarray, num_ranks: int) -> np.ndarray:
     return balance(loads_WK, start_K, fewest_R, fewest_R + bool(one_more))
 
 
-def _any_counts(loads_WK: np.ndarray, equal_K: np.ndarray, num_ranks: int, fewest: int):
+def _any_counts(
+    loads_WK: np.ndarray, equal_K: np.ndarray, num_ranks: int, fewest: int
+) -> np.ndarray:
     """Balanced, with any counts of at least `fewest`; `equal_K` itself if that is as good."""
 
     def busiest(rank_K: np.ndarray) -> int:
@@ -132,7 +134,7 @@ def _any_counts(loads_WK: np.ndarray, equal_K: np.ndarray, num_ranks: int, fewes
     starts = [min(equal_K, greedy_ranks(tokens_K, num_ranks, equal=False), key=busiest)]
     # An expert that would exceed a rank's fair share with any other: exchanges would have to clear
     # its rank one by one, each time at the cost of another.
-    alone = (tokens_K + tokens_K.min()) * num_ranks > tokens_K.sum()
+    alone = tokens_K + tokens_K.min() > tokens_K.sum() // num_ranks
     others = num_ranks - int(alone.sum())
     if 0 < others < num_ranks and tokens_K[~alone].any():
         start_K = np.cumsum(alone) - 1

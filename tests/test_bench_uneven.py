@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def run(*arguments) -> str:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_laep import load_log
-from megatron_laep.config import LaepConfig
+from megatron_laep.config import PLACEMENTS, LaepConfig
 from megatron_laep.cost_inputs import (
     Hardware,
     ModelShape,
@@ -65,6 +65,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--expert-multiple", type=int, metavar="M", help="as --laep-expert-multiple"
     )
+    parser.add_argument("--placement", choices=PLACEMENTS, help="as --laep-placement")
     parser.add_argument(
         "--ep",
         type=int,
@@ -195,12 +196,13 @@ def _expert_map(
     windows: int,
 ) -> ExpertMap:
     """The map that the job would make of the loads by these rules, or the given plan."""
-    given = {"alpha": args.alpha, "beta": args.beta, "expert_multiple": args.expert_multiple}
-    given = {name: value for name, value in given.items() if value is not None}
+    names = ("alpha", "beta", "expert_multiple", "placement")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.plan is not None:
         if given or args.ep is not None:
             raise ValueError(
-                "--plan is a finished map: leave out --alpha, --beta, --expert-multiple and --ep"
+                "--plan is a finished map: leave out --alpha, --beta, --expert-multiple, "
+                "--placement and --ep"
             )
         text = _read_text(args.plan)
         try:
@@ -217,9 +219,7 @@ def _expert_map(
         )
         return expert_map
     iteration = int(log.last_iterations[-1])
-    defaults = _checked_section(
-        rules, {"alpha", "beta", "expert_multiple", "placement"}, f"{args.model}: laep"
-    )
+    defaults = _checked_section(rules, set(names), f"{args.model}: laep")
     if "alpha" in defaults:
         defaults["alpha"] = str(defaults["alpha"])  # YAML reads 0.4 as a number
     config = LaepConfig(prune_iteration=max(iteration, 1), **{**defaults, **given})
