@@ -35,7 +35,11 @@ from megatron.training import checkpointing
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.lineage import Lineage
 from megatron_laep.moe_layer import LaepMoELayer
-from megatron_laep.optimizer_state import adapt_common_state
+from megatron_laep.optimizer_state import (
+    adapt_common_state,
+    complete_common_state,
+    complete_loaded_state,
+)
 from megatron_laep.routing_stats import OpenWindow
 
 ENTRY = "megatron_laep"
@@ -324,7 +328,10 @@ def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> N
 
 @contextlib.contextmanager
 def adapting_optimizer_state() -> Iterator[None]:
-    """While open, a checkpoint with chained optimizers loads into a single one, and the reverse."""
+    """While open, optimizer state loads that was saved by optimizers of other parameters.
+
+    By chained ones into a single one, and the reverse; by a rank 0 without parameters of one of them.
+    """
     load, load_common = dist_checkpointing.load, serialization.load_common_state_dict
 
     def adapted_load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
@@ -333,14 +340,20 @@ def adapting_optimizer_state() -> Iterator[None]:
         def adapted_common(*common_args, **common_kwargs):
             common_state = load_common(*common_args, **common_kwargs)
             if wanted and common_state.get("optimizer"):
+                complete_common_state(common_state["optimizer"])
                 common_state["optimizer"] = adapt_common_state(common_state["optimizer"], wanted)
             return common_state
 
         serialization.load_common_state_dict = adapted_common
         try:
-            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+            loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         finally:
             serialization.load_common_state_dict = load_common
+        # With some values of --dist-ckpt-strictness, also lists of keys.
+        state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
+        if state_dict.get("optimizer"):
+            complete_loaded_state(state_dict["optimizer"])
+        return loaded
 
     dist_checkpointing.load = adapted_load
     try:

@@ -151,12 +151,15 @@ def near_equal_blocks(expert_counts: Sequence[int], ranks: int) -> tuple[tuple[i
     """Experts on each of `ranks` EP ranks, for layers of `expert_counts` experts: as equal as can be.
 
     Which ranks hold one more goes round from layer to layer, so that no rank collects them.
-    Errors: ValueError if a layer has fewer experts than there are ranks.
+    Errors: ValueError if all layers together have fewer experts than there are ranks.
     """
+    if sum(expert_counts) < ranks:
+        raise ValueError(
+            f"the {sum(expert_counts)} experts of all layers are too few for expert-model-parallel-"
+            f"size {ranks}: use at most {sum(expert_counts)}"
+        )
     blocks, first = [], 0
     for count in expert_counts:
-        if count < ranks:
-            raise ValueError(f"{count} experts are too few for {ranks} ranks")
         each, more = divmod(count, ranks)
         fuller = {(first + i) % ranks for i in range(more)}
         first += more
@@ -272,20 +275,13 @@ class ExpertMap:
         """The same experts in the same order on `expert_parallel_size` ranks.
 
         For its own size that is the map as it is, for another `near_equal_blocks`.
-        Errors: ValueError if some layer has fewer experts than there are ranks.
+        A layer with fewer experts than ranks leaves some of them without.
+        Errors: ValueError if all layers together have fewer.
         """
         ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
         if ranks == self.expert_parallel_size_after:
             return self
-        try:
-            blocks = near_equal_blocks([layer.experts_after for layer in self.layers], ranks)
-        except ValueError:
-            layer = min(self.layers, key=lambda layer: layer.experts_after)
-            raise ValueError(
-                f"layer {layer.layer_number} keeps {layer.experts_after} experts, fewer than "
-                f"expert-model-parallel-size {ranks}: use at most {layer.experts_after}, or "
-                f"{self.expert_parallel_size_after}, for which the map was made"
-            ) from None
+        blocks = near_equal_blocks([layer.experts_after for layer in self.layers], ranks)
         layers = (
             replace(layer, experts_per_rank=counts)
             for layer, counts in zip(self.layers, blocks, strict=True)

@@ -234,8 +234,7 @@ class Job:
     def loading(self, model: list[torch.nn.Module], args: Namespace) -> Iterator[None]:
         """Around Megatron's load_checkpoint. A collective if the map is pending."""
         with contextlib.ExitStack() as stack:
-            if self.expert_map is not None:
-                stack.enter_context(checkpoint.adapting_optimizer_state())
+            stack.enter_context(checkpoint.adapting_optimizer_state())
             if self.map_state == PENDING:
                 layers = find_layers(model)
                 step = self.lineage.last

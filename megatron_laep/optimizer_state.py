@@ -1,13 +1,22 @@
-"""Brings the optimizer state of a checkpoint into the nesting that the present job's optimizer has.
+"""Optimizer state that comes from another model or other ranks: what Megatron gets wrong on the way.
 
-With expert parallelism Megatron chains two optimizers (dense and expert parameters) and saves
+**Nesting.** With expert parallelism Megatron chains two optimizers (dense and expert parameters) and saves
 ``{0: state, 1: state}``; without it there is one, saved as ``state``. A job whose expert-parallel
 size changes to or from 1 meets the other form. The tensors need no care, since their keys speak of
 parameters, not of optimizers; this module adapts what is not a tensor: parameter groups and
 scalars.
+
+**Ranks without a parameter.** Rank 0 writes groups and scalars for everybody, also for an optimizer of
+which it has no parameter itself: a pipeline stage without experts, a rank that holds none.
+
+**Padding.** The fully reshardable format, in which the checkpoint with a pending map is written, cuts
+parameters out of the wrong places where there is padding between gradient buckets.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
@@ -49,6 +58,76 @@ def adapt_common_state(saved: dict, wanted: dict) -> dict:
         ]
         adapted.append(part)
     return dict(enumerate(adapted)) if _is_chained(wanted) else adapted[0]
+
+
+def complete_common_state(saved: dict) -> None:
+    """Fills in, in place, what rank 0 could not know when it wrote ``saved``.
+
+    Args:
+        saved: ``optimizer`` entry of the checkpoint's common state.
+
+    The optimizer of a rank counts no step for groups in which it has no parameter (TransformerEngine's
+    FusedAdam), and its list of fp32 masters is empty: all groups get the step of the others, and the
+    list is left out, so that each rank takes its own.
+    """
+    holders = [_holder(part) for part in _parts(saved)]
+    groups = [
+        group
+        for holder in holders
+        if isinstance(holder, dict)
+        for group in holder.get("param_groups", ())
+    ]
+    steps = [group["step"] for group in groups if "step" in group]
+    for group in groups:
+        if steps:
+            group["step"] = max(steps)
+    for part in _parts(saved):
+        masters = part.get("fp32_from_fp16_params")
+        if masters is not None and not any(masters):
+            del part["fp32_from_fp16_params"]
+
+
+def complete_loaded_state(loaded: dict) -> None:
+    """Gives an optimizer without a parameter on this rank its empty state, in place.
+
+    Args:
+        loaded: ``optimizer`` entry of the loaded state dict. Loading leaves empty entries out.
+    """
+    for part in _parts(loaded):
+        holder = _holder(part)
+        if isinstance(holder, dict):
+            holder.setdefault("state", {})
+            if part is not holder:
+                part.setdefault("fp32_from_fp16_params", [])
+
+
+@contextlib.contextmanager
+def ranges_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
+    """While open, gradient buffers say where parameters lie if there is no padding between buckets.
+
+    ``DistributedOptimizer.sharded_param_state_fully_reshardable`` (megatron-core 0.19) joins the
+    buckets without their padding, and then cuts parameters out at offsets that count it: every one
+    behind the first padding gets a part of another's moments and fp32 master. A TODO there ("this
+    assert shouldn't hold and indicates a bug, see issue #504") is about the end of the last one.
+
+    Args:
+        buffers: of a distributed optimizer (``_ParamAndGradBuffer``).
+    """
+    padded = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            start, shifts = 0, []
+            for bucket in buffer.buckets:
+                shifts.append(bucket.offset - start)
+                start += bucket.numel_unpadded
+            buffer.param_index_map = {
+                parameter: (begin - shifts[bucket_id], end - shifts[bucket_id], bucket_id)
+                for parameter, (begin, end, bucket_id) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, index_map in zip(buffers, padded, strict=True):
+            buffer.param_index_map = index_map
 
 
 def _is_chained(state: dict) -> bool:

@@ -126,9 +126,11 @@ class SlotFlexTokenDispatcher(MoEFlexTokenDispatcher):
         tokens = routing_map.shape[0]
         map_of_slots = routing_map.new_zeros(tokens, self._num_slots)
         map_of_slots[:, self._slots_E] = routing_map
-        # Some back ends find a token's experts as its k largest probabilities, of which one may have
-        # vanished in rounding: below zero, an empty slot never is among them.
-        probs_of_slots = probs.new_full((tokens, self._num_slots), -1.0)
+        # HybridEP takes the map as it is. The others find a token's experts as its k largest
+        # probabilities, of which one may have vanished in rounding: below zero, an empty slot never
+        # is among them.
+        empty = 0.0 if self.config.moe_flex_dispatcher_backend == "hybridep" else -1.0
+        probs_of_slots = probs.new_full((tokens, self._num_slots), empty)
         probs_of_slots[:, self._slots_E] = probs
         return super()._initialize_metadata(map_of_slots, probs_of_slots)
 

@@ -33,6 +33,7 @@ from megatron_laep.config import LaepConfig
 from megatron_laep.hooks import Hook, HookSet
 from megatron_laep.job import Job, Rebuild
 from megatron_laep.moe_layer import LaepMoELayer, set_layer_counts
+from megatron_laep.optimizer_state import ranges_without_padding
 
 
 class _Session:
@@ -152,6 +153,12 @@ def _hooks() -> list[Hook]:
             "write the checkpoint with the map with one key for each layer",
         ),
         Hook(
+            "megatron.core.optimizer.distrib_optimizer:"
+            "DistributedOptimizer.sharded_param_state_fully_reshardable",
+            _fully_reshardable_state,
+            "cut optimizer state out of the right places of padded gradient buffers",
+        ),
+        Hook(
             f"{loop}:setup_model_and_optimizer",
             _setup_model_and_optimizer,
             "agree on the map before the model is built, and start counting after",
@@ -267,6 +274,16 @@ def _build_metadata(original):
         return metadata
 
     return build_sharded_state_dict_metadata
+
+
+def _fully_reshardable_state(original):
+    def sharded_param_state_fully_reshardable(self, *more, **named):
+        if _active_job() is None:
+            return original(self, *more, **named)
+        with ranges_without_padding(self.buffers):
+            return original(self, *more, **named)
+
+    return sharded_param_state_fully_reshardable
 
 
 def _setup_model_and_optimizer(original):

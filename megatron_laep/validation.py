@@ -125,6 +125,12 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "weights that are split further cannot be read through an expert map; leave it out",
         ),
         (
+            args.cuda_graph_impl != "none",
+            f"--cuda-graph-impl {args.cuda_graph_impl}",
+            "passes that warm a graph up would be counted, captured graphs cannot be rebuilt inside a "
+            "running job, and layers with different experts were never captured; remove it",
+        ),
+        (
             args.moe_use_upcycling,
             "--moe-use-upcycling",
             "upcycle in a job of its own, and start this one from the result",
@@ -215,18 +221,12 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             "--disable-gloo-process-groups",
         ),
         (
-            args.cuda_graph_impl != "none",
-            f"--cuda-graph-impl {args.cuda_graph_impl}",
-            "passes that warm a graph up would be counted, and captured graphs cannot be rebuilt "
-            "inside a running job; remove it",
-        ),
-        (
             args.optimizer_cuda_graph,
             "--optimizer-cuda-graph",
             "a captured graph cannot be rebuilt inside a running job; remove it",
         ),
         (
-            args.optimizer not in ("adam", "sgd"),
+            args.optimizer != "adam",
             f"--optimizer {args.optimizer}",
             "its state was never carried through an expert map; use --optimizer adam",
         ),
@@ -344,6 +344,8 @@ def _check_sizes(args: Namespace, config: LaepConfig) -> None:
             "smaller size"
         )
     multiple = config.expert_multiple or size
+    if multiple % size:
+        _refuse_with_uneven(args, f"--laep-expert-multiple {multiple}")
     if args.num_experts % multiple:
         raise ValueError(
             f"--laep-expert-multiple {multiple} does not divide --num-experts {args.num_experts}, "
@@ -403,6 +405,7 @@ def read_plan(
     except (OSError, ValueError) as error:
         raise ValueError(f"--laep-plan {path}: {error}") from error
     check_plan(expert_map, args, config, experts)
+    _check_uneven(expert_map, args, f"--laep-plan {path}")
     return expert_map
 
 
@@ -469,19 +472,30 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
 
 
 def _check_uneven(layout: ExpertMap, args: Namespace, where: object) -> None:
-    """Whether the job can run a model whose ranks hold different numbers of experts.
+    """Whether the job can run a model that is laid out so; ``where`` is for messages."""
+    for layer in layout.layers:
+        # The flex dispatcher has empty slots also where only the layers differ.
+        if len(set(layer.experts_per_rank)) > 1 or args.moe_token_dispatcher_type == "flex":
+            counts = list(layer.experts_per_rank)
+            _refuse_with_uneven(
+                args, f"{where}: layer {layer.layer_number} has {counts} on its ranks"
+            )
 
-    Args:
-        layout: the map, laid out for the job's expert-parallel size.
-        where: what the layout comes from, for messages.
-    """
-    uneven = next((layer for layer in layout.layers if len(set(layer.experts_per_rank)) > 1), None)
-    if uneven is None:
-        return
-    counts = f"layer {uneven.layer_number} has {list(uneven.experts_per_rank)} experts on its ranks"
-    if args.moe_pad_expert_input_to_capacity:
-        raise ValueError(
-            f"--moe-pad-expert-input-to-capacity is not supported in a model with uneven experts "
-            f"({where}: {counts}): it sends each rank equally many tokens; remove it, or prune with "
-            f"--laep-expert-multiple {layout.expert_parallel_size_after}"
-        )
+
+def _refuse_with_uneven(args: Namespace, where: str) -> None:
+    _refuse(
+        [
+            (
+                args.moe_pad_expert_input_to_capacity,
+                "--moe-pad-expert-input-to-capacity",
+                "it sends each rank equally many tokens; remove it",
+            ),
+            (
+                bool(args.fp8) and args.fp8_recipe == "delayed",
+                "--fp8-recipe delayed",
+                "its scaling history is reduced over ranks that must hold equally many experts; use "
+                "another recipe",
+            ),
+        ],
+        f"with different numbers of experts on the expert-parallel ranks ({where})",
+    )

@@ -192,11 +192,14 @@ class TestExpertMap:
         # 4 experts on 3 ranks: the ranks take turns with the one more
         three = uneven.laid_out_for(3)
         assert [item.experts_per_rank for item in three.layers] == [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
-        with pytest.raises(
-            ValueError,
-            match="layer 3 keeps 2 experts, fewer than expert-model-parallel-size 4: use at most 2",
-        ):
-            expert_map().laid_out_for(4)
+        # 2 experts on 4 ranks: two ranks have none of that layer, others none of the next
+        sparse = expert_map(layers=(layer(7), layer(3, kept=(5, 4), experts_per_rank=(1, 1))))
+        assert [item.experts_per_rank for item in sparse.laid_out_for(4).layers] == [
+            (1, 1, 0, 0),
+            (1, 1, 1, 1),
+        ]
+        with pytest.raises(ValueError, match="the 6 experts of all layers are too few .*-size 7"):
+            sparse.laid_out_for(7)
         with pytest.raises(
             ValueError, match="expert-model-parallel-size must be at least 1, got 0"
         ):

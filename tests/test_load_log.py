@@ -245,8 +245,9 @@ def test_rank_tokens(tmp_path):
     blocks = dataclasses.replace(log, experts_per_rank=((0, 3), (1, 1)))
     assert blocks.rank_tokens(0, 2).tolist() == [[0, 33], [11, 5]]
     assert blocks.rank_tokens(0).tolist() == [[33], [16]]
-    with pytest.raises(ValueError, match="2 experts are too few for 3 ranks"):
-        log.rank_tokens(0, 3)
+    assert log.rank_tokens(0, 3).tolist() == [[10, 20, 3], [11, 5, 0]]
+    with pytest.raises(ValueError, match="the 5 experts of all layers are too few"):
+        log.rank_tokens(0, 6)
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,7 @@ def test_blocks_are_as_equal_as_can_be_without_a_map_for_this_size():
     assert blocks_of_ranks(None, counts, 2) == [(3, 3), (2, 2)]
     assert blocks_of_ranks(uneven_map(), counts, 1) == [(6,), (4,)]
     assert blocks_of_ranks(uneven_map(), counts, 4) == [(2, 2, 1, 1), (1, 1, 1, 1)]
-    with pytest.raises(ValueError, match="layer 2 keeps 4 experts, fewer than"):
-        blocks_of_ranks(uneven_map(), counts, 5)
+    assert blocks_of_ranks(uneven_map(), counts, 5) == [(2, 1, 1, 1, 1), (0, 1, 1, 1, 1)]
 
 
 # -- what would be pruned now ----------------------------------------------------------------------

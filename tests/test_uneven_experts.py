@@ -27,18 +27,20 @@ FOUR_ALL = ((7, 5, 11, 1), (1, 1, 1, 21), (0, 8, 16, 0), (6, 6, 6, 6))
 FOUR_KEPT = ((7, 5, 9, 1), (2, 1, 1, 3), (1, 0, 4, 0), (5, 5, 5, 5))
 
 
-def plan(blocks: tuple[tuple[int, ...], ...], top_k: int = 1) -> ExpertMap:
+def plan(
+    blocks: tuple[tuple[int, ...], ...], *, experts: int = EXPERTS, layer_numbers=(1, 2, 3, 4)
+) -> ExpertMap:
     draw = random.Random(7)
     return ExpertMap(
         iteration=0,
         layers=tuple(
             LayerMap(
                 layer_number=number,
-                experts_before=EXPERTS,
-                kept=draw.sample(range(EXPERTS), sum(counts)),
+                experts_before=experts,
+                kept=draw.sample(range(experts), sum(counts)),
                 experts_per_rank=counts,
             )
-            for number, counts in enumerate(blocks, start=1)
+            for number, counts in zip(layer_numbers, blocks, strict=True)
         ),
         alpha="0",
         beta=0.0,
@@ -46,7 +48,7 @@ def plan(blocks: tuple[tuple[int, ...], ...], top_k: int = 1) -> ExpertMap:
         placement="given",
         expert_parallel_size_before=len(blocks[0]),
         expert_parallel_size_after=len(blocks[0]),
-        top_k=top_k,
+        top_k=1,
     )
 
 

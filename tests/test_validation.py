@@ -206,6 +206,13 @@ NOT_WHILE_PRUNING = {
     ),
 }
 
+ONLY_WITH_EQUAL_COUNTS = {
+    "fp8 history": (
+        {"fp8_format": "hybrid", "fp8_recipe": "delayed", "laep_exit_after_prune": True},
+        ["--fp8-recipe delayed"],
+    ),
+}
+
 ONLY_IN_A_RELAUNCH = {
     "flex": ({"moe_token_dispatcher_type": "flex"}, ["--moe-token-dispatcher-type flex"]),
     "in-process restart": ({"inprocess_restart": True}, ["--inprocess-restart"]),
@@ -219,6 +226,16 @@ REFUSED = UNSUPPORTED | NOT_WHILE_PRUNING | ONLY_IN_A_RELAUNCH
 def test_what_cannot_be_pruned_is_refused(tmp_path, flags, wanted):
     outcome = in_megatron(parsed, job(tmp_path, **flags))
     assert_complaint(outcome, *wanted, "is not supported together with --laep-prune-iteration: ")
+
+
+@pytest.mark.parametrize(
+    "flags, wanted", ONLY_WITH_EQUAL_COUNTS.values(), ids=ONLY_WITH_EQUAL_COUNTS
+)
+def test_some_jobs_need_equal_counts(tmp_path, flags, wanted):
+    in_megatron(parsed, job(tmp_path, **flags)).result()
+    uneven = {"expert_model_parallel_size": 2, "laep_expert_multiple": 1}
+    outcome = in_megatron(parsed, job(tmp_path, **flags, **uneven), env=ranks(2))
+    assert_complaint(outcome, *wanted, "different numbers of experts on the expert-parallel ranks")
 
 
 @pytest.mark.parametrize("flags, _", ONLY_IN_A_RELAUNCH.values(), ids=ONLY_IN_A_RELAUNCH)
