@@ -476,10 +476,8 @@ def _check_uneven(layout: ExpertMap, args: Namespace, where: object) -> None:
     for layer in layout.layers:
         # The flex dispatcher has empty slots also where only the layers differ.
         if len(set(layer.experts_per_rank)) > 1 or args.moe_token_dispatcher_type == "flex":
-            counts = list(layer.experts_per_rank)
-            _refuse_with_uneven(
-                args, f"{where}: layer {layer.layer_number} has {counts} on its ranks"
-            )
+            counts = f"layer {layer.layer_number} has {list(layer.experts_per_rank)} on its ranks"
+            _refuse_with_uneven(args, f"{where}: {counts}")
 
 
 def _refuse_with_uneven(args: Namespace, where: str) -> None:
