@@ -8,7 +8,7 @@ the job is checked here.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from megatron_laep.alpha import AlphaSpec
@@ -153,13 +153,12 @@ class LaepConfig:
         if self.plan is not None and (not isinstance(self.plan, str) or not self.plan):
             raise ValueError(f"--laep-plan must be the path of a file, got {self.plan!r}")
         self.stability_thresholds()
-        if self.enabled:
-            self._check_windows()
-        else:
+        if not self.enabled:
             self._check_all_defaults()
 
-    def _check_windows(self) -> None:
-        for leg in self.legs():
+    def check_windows(self, legs: Iterable[Leg]) -> None:
+        """Whether the windows fit into the legs that are still to come. Errors: ValueError."""
+        for leg in legs:
             length = leg.end - leg.start
             since = f" since the one after {leg.start}" if leg.start else ""
             if leg.window > length:

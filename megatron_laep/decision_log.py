@@ -4,7 +4,7 @@ One line of JSON for each decision, appended as it is made: ``StabilityDecision.
 ``verdict`` (``schedule.Verdict``) and the ``windows`` that it rests on, first and last iteration of
 each. A job that resumes from an earlier checkpoint decides some window ends again: a line
 *supersedes* every line before it of the same or a later iteration, and the reader leaves those out.
-What a crash left half written is skipped with a warning.
+A line that says only ``resumed`` supersedes what was decided after that iteration. What a crash left half written is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ _LOGGER = logging.getLogger(__name__)
 NAME = "stability.jsonl"
 
 
+def resume(path: Path, iteration: int) -> None:
+    """Notes that a job goes on from ``iteration``: later decisions are of a branch that was left."""
+    if path.is_file():
+        append(path, {"resumed": iteration})
+
+
 def append(path: Path, decision: dict[str, object]) -> None:
-    """Adds one decision; JSON-able, with an ``iteration``. OSError as it comes."""
+    """Adds one line; JSON-able. OSError as it comes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         # A line that a crash cut off must not take the next one with it.
@@ -40,11 +46,14 @@ def read(path: Path) -> list[dict[str, object]]:
             continue
         try:
             decision = json.loads(line)
-            iteration = operator.index(decision["iteration"])
+            resumed = "resumed" in decision
+            iteration = operator.index(decision["resumed" if resumed else "iteration"])
         except (ValueError, KeyError, TypeError):
             _LOGGER.warning("%s: skipped row %d, it is not a whole decision", path, row)
             continue
-        while decisions and decisions[-1]["iteration"] >= iteration:
+        first_stale = iteration + 1 if resumed else iteration
+        while decisions and decisions[-1]["iteration"] >= first_stale:
             decisions.pop()
-        decisions.append({**decision, "row": row})
+        if not resumed:
+            decisions.append({**decision, "row": row})
     return decisions

@@ -457,20 +457,17 @@ def compose(first: ExpertMap, second: ExpertMap) -> ExpertMap:
     """One map that does what `first` and then `second` do; kept ids are in first's old numbering.
 
     `second` was made on the model that `first` produced, so its old ids are first's new ids. What
-    describes the start (experts and EP size before) is first's; rules, iteration and the layout
-    after are second's. Loads become unknown: the experts that `first` pruned got no tokens in
+    describes the start (experts and EP size before) is first's; rules, iteration, top-k and the
+    layout after are second's. Loads become unknown: the experts that `first` pruned got no tokens in
     second's window. Composing is associative.
 
-    Errors: ValueError if `second` was not made on that model (other layers,
-    expert counts or top-k).
+    Errors: ValueError if `second` was not made on that model (other layers or expert counts).
     """
     if first.layer_numbers != second.layer_numbers:
         raise ValueError(
             f"the first map has layers {list(first.layer_numbers)}, the second "
             f"{list(second.layer_numbers)}: both must describe the same model"
         )
-    if first.top_k != second.top_k:
-        raise ValueError(f"the first map is for top_k {first.top_k}, the second for {second.top_k}")
     layers = []
     for one, two in zip(first.layers, second.layers, strict=True):
         if one.experts_after != two.experts_before:

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from megatron_laep import (
     checkpoint,
+    decision_log,
     events,
     metrics,
     model_size,
@@ -30,7 +31,7 @@ from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.lineage import Lineage
 from megatron_laep.moe_layer import find_layers
-from megatron_laep.recording import Recording
+from megatron_laep.recording import Recording, write_pruning
 from megatron_laep.routing_stats import OpenWindow, RoutingStats
 from megatron_laep.schedule import Leg, Verdict
 from megatron_laep.summary import summarize
@@ -191,8 +192,8 @@ class Job:
     def check(self, args: Namespace) -> None:
         """Checks the arguments, once Megatron has validated them. Local, the same on all ranks."""
         if self.config.enabled:
-            validation.check_arguments(args, self.config)
             self._legs = resumption.remaining_legs(self._record, self.config, self._source)
+            validation.check_arguments(args, self.config, self._legs)
             if self.config.plan is not None and self._legs:
                 # Read once: a file that changes while the job runs must not fail it at the pruning.
                 prunings = [leg.end for leg in self._legs]
@@ -270,9 +271,20 @@ class Job:
             # Only now it is known which stage holds which layer.
             experts = list(self._stats.expert_counts.values())
             validation.check_plan(self._plan, args, self.config, experts, self._stats.stages)
+        elif self._legs:
+            planning.check_counts(
+                self._stats.expert_counts,
+                config=self.config,
+                top_k=args.moe_router_topk,
+                expert_parallel_size_after=self._size_after(args),
+                stages=self._stats.stages,
+            )
         self._log_start_LE = self._stats.snapshot()
         self._folder = Path(args.save) / "laep" if args.save else None
         self._say_what_is_done()
+        if self._legs and events.is_rank_0():
+            with contextlib.suppress(OSError):  # the training is worth more than its record
+                decision_log.resume(self._folder / decision_log.NAME, args.iteration)
         self._follow(self._legs, args.iteration, self._record or Record())
         if self.config.record_interval is not None:
             self._recording = Recording(
@@ -326,7 +338,7 @@ class Job:
                 layer_numbers,
                 config=self.config,
                 top_k=args.moe_router_topk,
-                expert_parallel_size_after=self.config.expert_model_parallel_size or ranks,
+                expert_parallel_size_after=self._size_after(args),
                 stages=self._stats.stages,
             )
         blocks_LR = metrics.blocks_of_ranks(self.expert_map, self._stats.expert_counts, ranks)
@@ -397,17 +409,18 @@ class Job:
         try:
             with events.timed("planned", iteration=iteration):
                 expert_map = self._agree_on_plan(window, iteration, args)
+                lineage = self.lineage.then(expert_map)
         except ValueError as error:
             # Synchronous: nobody would be left to complete an asynchronous save.
             with checkpoint.overridden(args, async_save=False):
                 save()
             raise ValueError(
-                f"{error}. Iteration {iteration} is saved unpruned in {args.save}: go on with a later "
-                "--laep-prune-iteration, or without the --laep flags"
+                f"{error}. Iteration {iteration} is saved in {args.save} as it was before this "
+                f"pruning: go on with a later iteration in the place of {iteration}, or without it"
             ) from error
         self._report(expert_map, window, model, args)
         self._trigger = None
-        self.lineage, self.map_state = self.lineage.then(expert_map), PENDING
+        self.lineage, self.map_state = lineage, PENDING
         self.committing = True
         events.log(
             "commit_format",
@@ -426,6 +439,10 @@ class Job:
         finally:
             self.committing = False
         return should_exit
+
+    def _size_after(self, args: Namespace) -> int:
+        """The expert-parallel size after a pruning."""
+        return self.config.expert_model_parallel_size or args.expert_model_parallel_size
 
     def _agree_on_plan(self, window: OpenWindow, iteration: int, args: Namespace) -> ExpertMap:
         """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
@@ -449,15 +466,14 @@ class Job:
                 layers=layers,
                 expert_parallel_size_before=args.expert_model_parallel_size,
             )
-        before = args.expert_model_parallel_size
         return planning.make_expert_map(
             [tokens_LE for _, tokens_LE in window.parts],
             self._stats.layer_numbers,
             config=self.config,
             iteration=iteration,
             top_k=args.moe_router_topk,
-            expert_parallel_size_before=before,
-            expert_parallel_size_after=self.config.expert_model_parallel_size or before,
+            expert_parallel_size_before=args.expert_model_parallel_size,
+            expert_parallel_size_after=self._size_after(args),
             stages=self._stats.stages,
         )
 
@@ -476,21 +492,4 @@ class Job:
         )
         events.log_text(summary.format_table())
         if events.is_rank_0():
-            folder = self._folder / f"iter_{expert_map.iteration:07d}"
-            loads = {
-                "iteration": expert_map.iteration,
-                "window": window.end - window.start,
-                "top_k": args.moe_router_topk,
-                "expert_parallel_size": args.expert_model_parallel_size,
-                "layer_numbers": list(self._stats.layer_numbers),
-                "stages": list(self._stats.stages.values()),
-                "experts_per_rank": [list(counts) for counts in blocks_before],
-                "tokens": [list(tokens_E) for tokens_E in window.tokens_LE],
-                "parts": [
-                    {"last_iteration": last, "tokens": [row.tolist() for row in tokens_LE]}
-                    for last, tokens_LE in window.parts
-                ],
-            }
-            checkpoint.write_json(folder / "map.json", expert_map.to_dict())
-            checkpoint.write_json(folder / "loads.json", loads)
-            checkpoint.write_json(folder / "table.json", summary.to_dict())
+            write_pruning(self._folder, expert_map, summary, window, self._stats, blocks_before)

@@ -8,6 +8,7 @@ Shape suffixes: W windows, L MoE layers, E experts of a layer before, K after, R
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -113,6 +114,29 @@ def kept_experts(
     return experts_to_keep(
         loads_E, alpha=alpha, beta=config.beta, multiple=multiple, minimum=minimum
     )
+
+
+def check_counts(
+    expert_counts: Mapping[int, int],
+    *,
+    config: LaepConfig,
+    top_k: int,
+    expert_parallel_size_after: int,
+    stages: Mapping[int, int],
+) -> None:
+    """Whether the rules can be fulfilled by a model as it is, whatever its loads will be.
+
+    expert_counts: experts of each layer number now: of a model that was pruned before, too.
+    Errors: ValueError that names the layer.
+    """
+    ranks = expert_parallel_size_after
+    layers_of_stage = Counter(stages.values())
+    for number, count in expert_counts.items():
+        minimum = fewest_kept(config, top_k, ranks, layers_of_stage[stages[number]])
+        try:
+            _check_expert_count(count, config.expert_multiple or ranks, minimum, top_k, ranks)
+        except ValueError as error:
+            raise ValueError(f"layer {number}, as the model is now: {error}") from None
 
 
 def _stages(stages: Mapping[int, int] | None, layer_numbers: Sequence[int]) -> Mapping[int, int]:

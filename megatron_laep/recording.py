@@ -4,14 +4,18 @@ Between the counters (``routing_stats``) and the file (``load_recorder``). Costs
 interval; inside a step nothing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core import parallel_state
 
 from megatron_laep import events
+from megatron_laep.checkpoint import write_json
+from megatron_laep.expert_map import ExpertMap
 from megatron_laep.lineage import Lineage
 from megatron_laep.load_recorder import LoadLogHeader, LoadLogWriter
-from megatron_laep.routing_stats import RoutingStats
+from megatron_laep.routing_stats import OpenWindow, RoutingStats
+from megatron_laep.summary import PruningSummary
 
 
 class Recording:
@@ -77,3 +81,42 @@ class Recording:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def write_pruning(
+    folder: Path,
+    expert_map: ExpertMap,
+    summary: PruningSummary,
+    window: OpenWindow,
+    stats: RoutingStats,
+    blocks_before: Sequence[Sequence[int]],
+) -> None:
+    """Writes map, table and loads of a pruning to ``iter_*`` in ``folder``, for people and tools.
+
+    For the job they are in the checkpoint: where they cannot be written, it goes on.
+
+    Args:
+        window: that the map was decided on.
+        blocks_before: for each layer the experts on each rank before it.
+    """
+    loads = {
+        "iteration": expert_map.iteration,
+        "window": window.end - window.start,
+        "top_k": expert_map.top_k,
+        "expert_parallel_size": expert_map.expert_parallel_size_before,
+        "layer_numbers": stats.layer_numbers,
+        "stages": list(stats.stages.values()),
+        "experts_per_rank": blocks_before,
+        "tokens": window.tokens_LE,
+        "parts": [
+            {"last_iteration": last, "tokens": [row.tolist() for row in tokens_LE]}
+            for last, tokens_LE in window.parts
+        ],
+    }
+    folder = folder / f"iter_{expert_map.iteration:07d}"
+    contents = {"map": expert_map.to_dict(), "loads": loads, "table": summary.to_dict()}
+    try:
+        for name, content in contents.items():
+            write_json(folder / f"{name}.json", content)
+    except OSError as error:
+        events.log("record_failed", iteration=expert_map.iteration, error=error)

@@ -19,6 +19,7 @@ def remaining_legs(record: Record | None, config: LaepConfig, where: object) -> 
     """
     legs = config.legs()
     if record is None:
+        config.check_windows(legs)
         return legs
     done = _pruned_legs(record, config, where)
     done |= {leg for leg in legs if leg.end in record.declined}
@@ -27,11 +28,13 @@ def remaining_legs(record: Record | None, config: LaepConfig, where: object) -> 
         return ()
     first = remaining[0]
     if record.iteration >= first.end:
+        remedy = f"leave {first.end} out" if record.pruned_at else "choose a later iteration"
         raise ValueError(
-            f"{where} is at iteration {record.iteration} and was not pruned, but "
-            f"--laep-prune-iteration {first.end} is past; choose a later iteration, or start from an "
-            "earlier checkpoint with --ckpt-step"
+            f"{where} is at iteration {record.iteration} and was not pruned for "
+            f"--laep-prune-iteration {first.end}, which is past; {remedy}, or start from an earlier "
+            "checkpoint with --ckpt-step"
         )
+    config.check_windows(remaining)
     _check_windows(record, first, config, where)
     return remaining
 
@@ -50,7 +53,7 @@ def _pruned_legs(record: Record, config: LaepConfig, where: object) -> set[Leg]:
             f"{where} was pruned at iteration {iterations.replace(' ', ' and ')}, but "
             f"--laep-prune-iteration is {config.prune_flag.partition(' ')[2]}: give "
             f"--laep-prune-iteration {iterations} to go on, and later iterations behind to prune "
-            "again"
+            "again; or --laep-prune-when-stable again, if it was pruned early by it"
         )
     return set(done)
 

@@ -5,6 +5,7 @@ of a window only: one all-reduce, and one broadcast where something is decided. 
 nothing.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_laep import decision_log, events
@@ -67,7 +68,9 @@ class Trigger:
             return Verdict.WAIT
         with events.timed("window_closed", iteration=iteration, window=self._leg.window):
             window = self._window.read(iteration)
-        self._ended = (*self._ended, window)[-self._leg.needed :]
+        # Only of the last window the parts are asked for.
+        earlier = (replace(ended, marks=()) for ended in self._ended)
+        self._ended = (*earlier, window)[-self._leg.needed :]
         self._window = PruningWindow(self._stats, iteration, self._leg.window)
         self._window.end_iteration(iteration)
         if iteration < self._leg.end and not self._config.prune_when_stable:

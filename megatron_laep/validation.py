@@ -16,6 +16,7 @@ from megatron_laep.alpha import AlphaSpec
 from megatron_laep.checkpoint import Record
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
+from megatron_laep.schedule import Leg
 
 
 def moe_layer_numbers(args: Namespace) -> list[int]:
@@ -26,20 +27,21 @@ def moe_layer_numbers(args: Namespace) -> list[int]:
     return [index + 1 for index, has_experts in enumerate(pattern) if has_experts]
 
 
-def check_arguments(args: Namespace, config: LaepConfig) -> None:
+def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) -> None:
     """What must hold for a job that counts and prunes.
 
     Args:
         args: Megatron's arguments after its own validation.
         config: the LAEP settings, ``config.enabled``.
+        legs: the prunings that are still to come.
 
     Raises:
         ValueError: see the module.
     """
     config.validate()
     _check_model_supported(args, "together with --laep-prune-iteration")
-    _check_job_supported(args, config)
-    _check_iterations(args, config)
+    _check_job_supported(args, config, legs)
+    _check_iterations(args, legs)
     _check_sizes(args, config)
     if config.plan is None:
         AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
@@ -144,7 +146,7 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
     _refuse(unsupported, situation)
 
 
-def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
+def _check_job_supported(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) -> None:
     """Refuses jobs in which there is nothing to prune, no way to, or nothing to decide it on."""
     if args.num_experts is None or not moe_layer_numbers(args):
         why = "--num-experts is not given" if args.num_experts is None else "see --moe-layer-freq"
@@ -158,7 +160,7 @@ def _check_job_supported(args: Namespace, config: LaepConfig) -> None:
             "through a checkpoint; give --save FOLDER"
         )
     in_job = not config.exit_after_prune
-    prunings = [iteration for leg in config.legs() for iteration in leg.possible_ends]
+    prunings = [iteration for leg in legs for iteration in leg.possible_ends]
     profiled = range(args.profile_step_start, args.profile_step_end) if args.profile else ()
     spanned = next((iteration for iteration in prunings if iteration in profiled), None)
     or_relaunch = (
@@ -277,9 +279,9 @@ def _refuse(unsupported: list[tuple[bool, str, str]], situation: str) -> None:
             raise ValueError(f"{flag} is not supported {situation}: {reason}")
 
 
-def _check_iterations(args: Namespace, config: LaepConfig) -> None:
+def _check_iterations(args: Namespace, legs: Sequence[Leg]) -> None:
     last, flag = _training_iterations(args)
-    for leg in config.legs():
+    for leg in legs:
         if leg.end >= last:
             raise ValueError(
                 f"--laep-prune-iteration {leg.end} is not before the end of training ({last} "
@@ -440,8 +442,7 @@ def check_plan(
 def check_model(record: Record, args: Namespace, where: object) -> None:
     """Whether the model that the arguments describe is the one that the record's map was made for.
 
-    Also for jobs without ``--laep`` flags that open a pruned checkpoint.
-    """
+    Also for jobs without ``--laep`` flags that open a pruned checkpoint."""
     _check_model_supported(args, f"in a model that was pruned ({where})")
     expert_map = record.lineage.composed
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()

@@ -10,6 +10,12 @@ from megatron_laep.config import LaepConfig, add_arguments
 from megatron_laep.stability import StabilityThresholds
 
 
+def check(config: LaepConfig) -> None:
+    """As a job that begins from scratch."""
+    config.validate()
+    config.check_windows(config.legs())
+
+
 def parse(*flags: str) -> LaepConfig:
     return LaepConfig.from_arguments(add_arguments(argparse.ArgumentParser()).parse_args(flags))
 
@@ -120,7 +126,7 @@ def test_several_prunings():
 )
 def test_prunings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        LaepConfig(**settings).validate()
+        check(LaepConfig(**settings))
 
 
 def test_stability_settings():
@@ -153,9 +159,9 @@ def test_stability_settings():
 )
 def test_too_few_windows_to_tell(settings, message):
     with pytest.raises(ValueError, match=message):
-        LaepConfig(**settings).validate()
+        check(LaepConfig(**settings))
     # Without a flag that asks for stable loads, the job says so when it prunes.
-    LaepConfig(**settings | {"prune_when_stable": False, "require_stable": False}).validate()
+    check(LaepConfig(**settings | {"prune_when_stable": False, "require_stable": False}))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,7 @@ def test_too_few_windows_to_tell(settings, message):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        LaepConfig(**{"prune_iteration": 10, **settings}).validate()
+        check(LaepConfig(**{"prune_iteration": 10, **settings}))
 
 
 def test_uneven_counts_are_allowed():

@@ -45,3 +45,17 @@ def test_rows_that_are_no_decisions(tmp_path, caplog):
     path.write_bytes(b'\x80\n[1]\n{"stable": true}\n\n{"iteration": 6}\n')
     assert iterations(path) == [6]
     assert caplog.text.count("skipped row") == 3
+
+
+def test_decisions_of_a_branch_that_was_left(tmp_path):
+    path = tmp_path / decision_log.NAME
+    decision_log.resume(path, 3)  # a job that has decided nothing has no file
+    assert not path.exists()
+    for iteration in (6, 8):
+        decision_log.append(path, {"iteration": iteration})
+    decision_log.resume(path, 8)  # its own rebuild: what was decided at 8 stays
+    assert [decision["iteration"] for decision in decision_log.read(path)] == [6, 8]
+    decision_log.resume(path, 5)
+    assert decision_log.read(path) == []
+    decision_log.append(path, {"iteration": 20})
+    assert decision_log.read(path) == [{"iteration": 20, "row": 5}]

@@ -392,8 +392,8 @@ class TestCompose:
 
         with pytest.raises(ValueError, match=r"has layers \[1, 2\], the second \[1\]"):
             compose(identity([1, 2], 4), identity([1], 4))
-        with pytest.raises(ValueError, match="top_k 2, the second for 1"):
-            compose(identity([1], 4), identity([1], 4, top_k=1))
+        # Routing may have changed in between.
+        assert compose(identity([1], 4), identity([1], 4, top_k=1)).top_k == 1
         with pytest.raises(
             ValueError, match="layer 1: the first map leaves 4 experts, the second starts from 8"
         ):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_laep.config import LaepConfig
 from megatron_laep.expert_map import ExpertMap
 from megatron_laep.placement import rank_loads
-from megatron_laep.planning import check_plan, make_expert_map
+from megatron_laep.planning import check_counts, check_plan, make_expert_map
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "expert_loads_tiny.json").read_text())
 LOADS = [10, 0, 5, 100, 30, 5, 40, 10]  # the layer of test_pruning.py
@@ -316,3 +316,14 @@ class TestCheckPlan:
         message = r"rank 0 no expert of any of the layers \[2\] of a pipeline stage"
         with pytest.raises(ValueError, match=message):
             check_plan(empty, **model, stages={1: 0, 2: 1})
+
+
+def test_rules_that_a_pruned_model_cannot_fulfil():
+    counts, stages = {1: 8, 2: 5}, {1: 0, 2: 0}
+    sizes = {"top_k": 2, "expert_parallel_size_after": 4, "stages": stages}
+    check_counts(counts, config=LaepConfig(prune_iteration=9, expert_multiple=1), **sizes)
+    with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are not a mult"):
+        check_counts(counts, config=LaepConfig(prune_iteration=9), **sizes)
+    with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are too few"):
+        sizes["expert_parallel_size_after"] = 6
+        check_counts(counts, config=LaepConfig(prune_iteration=9, expert_multiple=1), **sizes)

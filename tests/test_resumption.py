@@ -140,7 +140,7 @@ BAD_STARTS = {
     "declined, and asked for earlier": (
         "declined",
         {"laep_prune_iteration": 6},
-        ["iteration 7", "not pruned", "--laep-prune-iteration 6 is past"],
+        ["iteration 7", "not pruned", "--laep-prune-iteration 6, which is past", "choose a later"],
     ),
     "pruned at another iteration": (
         "applied",
@@ -165,7 +165,7 @@ BAD_STARTS = {
     "past the second iteration": (
         "applied",
         {"laep_prune_iteration": [10, 15]},
-        ["iteration 15", "not pruned", "--laep-prune-iteration 15 is past"],
+        ["iteration 15", "not pruned", "--laep-prune-iteration 15, which is past", "leave 15 out"],
     ),
     "no counts for the second": (
         "applied",
@@ -262,6 +262,16 @@ GOOD_STARTS = {
     "declined": ("declined", {"laep_prune_iteration": 5}, 2),
     "declined, and later again": ("declined", {"laep_window": 3}, 2),
     "pruned": ("applied", {}, 2),
+    "pruned, and a window for the next that would not have fitted before": (
+        "applied",
+        {"laep_prune_iteration": [10, 30], "laep_window": 12, "train_iters": 40},
+        2,
+    ),
+    "pruned, and that iteration skipped": (
+        "applied",
+        {"laep_prune_iteration": [10, 18], "laep_window": 2, "iterations_to_skip": [8, 11]},
+        2,
+    ),
     "pruned, to ranks with 3 and 2": ("uneven", {"expert_model_parallel_size": 4}, 4),
     "pruned, and again later": (
         "applied",

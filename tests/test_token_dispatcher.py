@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from in_megatron import on_ranks
+from in_megatron import in_megatron, on_ranks
 
 HIDDEN, FFN = 6, 4
 
@@ -22,7 +22,7 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Case:
-    """tokens: on each rank of the expert-parallel group."""
+    """tokens: on each rank of the expert-parallel group. capacity: factor beyond which they are dropped."""
 
     dispatcher: str
     experts_per_rank: tuple[int, ...]
@@ -30,6 +30,7 @@ class Case:
     top_k: int
     shared_expert: bool
     seed: int
+    capacity: float | None = None
 
 
 @st.composite
@@ -78,6 +79,7 @@ def build(case: Case, *, in_slots: bool = False):
         moe_shared_expert_intermediate_size=FFN if case.shared_expert else None,
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type=case.dispatcher,
+        moe_expert_capacity_factor=case.capacity,
         moe_router_dtype="fp64",
         expert_model_parallel_size=ranks,
         gated_linear_unit=True,
@@ -276,8 +278,12 @@ def test_any_counts(expert_parallel_size) -> None:
 
 @st.composite
 def equal_cases(draw, ranks: int) -> Case:
+    dispatcher, capacity = draw(
+        st.sampled_from((("alltoall", None), ("alltoall", 0.5), ("allgather", None)))
+    )
     return Case(
-        dispatcher=draw(st.sampled_from(("alltoall", "allgather"))),
+        dispatcher=dispatcher,
+        capacity=capacity,
         experts_per_rank=(draw(st.integers(1, 5)),) * ranks,
         tokens=(draw(st.integers(1, 20)),) * ranks,
         top_k=draw(st.integers(1, ranks)),
@@ -332,7 +338,34 @@ def flex_metadata(backend: str, experts_per_rank: tuple[int, ...], slots: int) -
         weights = [row[ids].tolist() for row, ids in zip(manager.token_probs, found, strict=True)]
     else:
         found, weights = manager.token_indices.tolist(), manager.token_probs.tolist()
+    if backend == "hybridep":
+        # What the kernels would leave: a count for each slot, of which the last ones are empty.
+        own = experts_per_rank[torch.distributed.get_rank()]
+        manager.tokens_per_expert = torch.tensor([3] * own + [0] * (slots - own))
+        manager.dispatched_probs = torch.ones(3 * own)
+        tokens, counts, _ = dispatcher.dispatch_postprocess(torch.zeros(3 * own, HIDDEN), None)
+        assert counts.tolist() == [3] * own and len(tokens) == 3 * own
     return list(zip(found, weights, chosen.tolist(), top.tolist(), strict=True))
+
+
+def slots_of_layers(dispatcher: str) -> dict[int, int]:
+    """Slots that the layers of a pruned model are given on each rank."""
+    from types import SimpleNamespace
+
+    from test_uneven_experts import plan
+
+    from megatron_laep.moe_layer import set_layer_counts
+
+    config = SimpleNamespace(moe_token_dispatcher_type=dispatcher)
+    set_layer_counts(config, plan(((3, 1), (0, 4), (2, 2)), layer_numbers=(1, 2, 4)))
+    tables = {n: config.get_config_for_layer(n).laep_slot_table for n in (1, 2, 4)}
+    return {number: table.slots_per_rank for number, table in tables.items()}
+
+
+def test_flex_layers_have_equally_many_slots():
+    """They share buffers that are sized by the first of them."""
+    assert in_megatron(slots_of_layers, "alltoall").result() == {1: 3, 2: 4, 4: 2}
+    assert in_megatron(slots_of_layers, "flex").result() == {1: 4, 2: 4, 4: 4}
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep", "ncclep"])
