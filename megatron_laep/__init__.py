@@ -5,10 +5,13 @@ The folder, in the order in which a run passes through it:
 * ``config``, ``alpha``, ``schedule``: the ``--laep-*`` flags; the windows before a pruning.
 * ``validation``, ``resumption``: the checks of flags and checkpoint before a model is built.
 * ``moe_layer``, ``routing_stats``, ``metrics``: count the tokens of each expert, close windows, log.
+* ``slot_table``, ``token_dispatcher``, ``sharding``: layers whose ranks hold different numbers of
+  experts: who holds what, how tokens get there, where it lies in a checkpoint.
 * ``trigger``, ``decision_log``: a job's windows, and what it decides on their stability.
-* ``recording``, ``load_recorder``, ``load_log``: the loads of a whole run in a file, and its reader.
-* ``stability``, ``pruning``, ``placement``, ``planning``, ``expert_map``, ``summary``: the pure
-  part, loads in and an expert map out; numpy only.
+* ``recording``, ``load_recorder``, ``load_log``, ``window_parts``, ``json_text``: the loads of a
+  whole run in a file, and its reader.
+* ``stability``, ``pruning``, ``placement``, ``balancing``, ``stage_placement``, ``planning``,
+  ``expert_map``, ``summary``: the pure part, loads in and an expert map out; numpy only.
 * ``lineage``, ``checkpoint``, ``optimizer_state``: maps inside the checkpoint, loading through one.
 * ``training``, ``job``, ``parallel``: the hooks in Megatron's loop, the state machine that they
   drive, the rebuild; with ``hooks``, ``events`` (log lines), ``agreement`` (rank 0 decides) and
