@@ -59,6 +59,7 @@ def make_expert_map(
     ranks = expert_parallel_size_after
     multiple = config.expert_multiple or ranks
     alpha = AlphaSpec.parse(config.alpha)
+    layers_of_stage = Counter(stage_of.values())
     by_stage: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     # By number: the order of the rows must not show in the placement.
     for row in np.argsort(layer_numbers, kind="stable").tolist():
@@ -71,7 +72,7 @@ def make_expert_map(
                 config=config,
                 top_k=top_k,
                 expert_parallel_size_after=ranks,
-                layers_of_stage=list(stage_of.values()).count(stage_of[number]),
+                layers_of_stage=layers_of_stage[stage_of[number]],
             )
         except ValueError as error:
             raise ValueError(f"layer {number}: {error}") from None

@@ -19,22 +19,29 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_laep.slot_table import SlotTable
 
 
-def _in_slots(
-    table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
-) -> dict:
-    """What a dispatcher of Megatron's is told, so that it takes the slots for experts."""
-    in_slots = copy.copy(config)
-    in_slots.num_moe_experts = table.num_slots
-    first = pg_collection.ep.rank() * table.slots_per_rank
-    return {
-        "num_local_experts": table.slots_per_rank,
-        "local_expert_indices": list(range(first, first + table.slots_per_rank)),
-        "config": in_slots,
-        "pg_collection": pg_collection,
-    }
+class _InSlots:
+    """A dispatcher of Megatron's that takes the slots for experts; mixed in before its class."""
+
+    def __init__(
+        self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        in_slots = copy.copy(config)
+        in_slots.num_moe_experts = table.num_slots
+        rank = pg_collection.ep.rank()
+        first = rank * table.slots_per_rank
+        super().__init__(
+            table.slots_per_rank,
+            list(range(first, first + table.slots_per_rank)),
+            config=in_slots,
+            pg_collection=pg_collection,
+        )
+        self._num_slots = table.num_slots
+        # A rank's empty slots are its last ones.
+        self._experts_here = table.experts_per_rank[rank]
+        self._slots_E = torch.tensor(table.slots, device=torch.cuda.current_device())
 
 
-class SlotAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+class SlotAlltoAllTokenDispatcher(_InSlots, MoEAlltoAllTokenDispatcher):
     """All-to-all with any number of experts on each rank, also none.
 
     Only the tables of token counts are in slots. Tokens are permuted by the true routing map, and
@@ -45,14 +52,6 @@ class SlotAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         config: of the layer.
         pg_collection: of the layer.
     """
-
-    def __init__(
-        self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
-    ) -> None:
-        super().__init__(**_in_slots(table, config, pg_collection))
-        self._num_slots = table.num_slots
-        self._experts_here = table.experts_per_rank[self.ep_rank]
-        self._slots_E = torch.tensor(table.slots, device=torch.cuda.current_device())
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Token counts and splits for a routing map, bool [tokens, E].
@@ -69,7 +68,6 @@ class SlotAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if not torch.is_tensor(self.num_out_tokens):
             # Taken from the number of rows: dropless routing sends each token top-k times.
             self.num_out_tokens = routing_map.size(0) * self.config.moe_router_topk
-        # The empty slots are a rank's last ones.
         return tokens_of_local_slots[: self._experts_here]
 
 
@@ -101,7 +99,7 @@ class SlotAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         return tokens, tokens_per_expert[:0], probs
 
 
-class SlotFlexTokenDispatcher(MoEFlexTokenDispatcher):
+class SlotFlexTokenDispatcher(_InSlots, MoEFlexTokenDispatcher):
     """DeepEP, HybridEP or NCCL-EP with any number of experts on each rank, also none.
 
     Their kernels want equally many experts on all ranks, so they are given the slots: phantom experts
@@ -113,14 +111,6 @@ class SlotFlexTokenDispatcher(MoEFlexTokenDispatcher):
             by the layer that comes first: there all tables of a model must have equally many slots.
         config, pg_collection: as in ``SlotAlltoAllTokenDispatcher``.
     """
-
-    def __init__(
-        self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
-    ) -> None:
-        super().__init__(**_in_slots(table, config, pg_collection))
-        self._num_slots = table.num_slots
-        self._experts_here = table.experts_per_rank[self.ep_rank]
-        self._slots_E = torch.tensor(table.slots, device=torch.cuda.current_device())
 
     def _initialize_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor):
         tokens = routing_map.shape[0]
@@ -137,7 +127,6 @@ class SlotFlexTokenDispatcher(MoEFlexTokenDispatcher):
     def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor):
         """As Megatron's, with counts for the experts on this rank."""
         tokens, tokens_per_slot, probs = super().dispatch_postprocess(hidden_states, probs)
-        # The empty slots are a rank's last ones.
         return tokens, tokens_per_slot[: self._experts_here], probs
 
 

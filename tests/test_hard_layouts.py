@@ -7,10 +7,10 @@ as in test_permutation.
 import math
 
 import pytest
-from distributed import tiny_arguments
 from exact_job import Losses, exact_job, exact_losses
 from in_megatron import on_ranks
-from test_permutation import ORDER_OF_SUM, TOP_1
+from test_permutation import ORDER_OF_SUM
+from test_uneven_experts import flags as short_job
 from test_uneven_experts import plan
 
 PRUNE, ITERATIONS = 2, 5
@@ -48,21 +48,12 @@ CASES = {
 
 
 def losses_of(ranks: int, **flags) -> Losses:
-    arguments = tiny_arguments(
-        **{
-            "num_experts": 8,
-            "train_iters": ITERATIONS,
-            "clip_grad": 100.0,
-            "seq_length": 32,
-            "max_position_embeddings": 32,
-            "micro_batch_size": 1,
-            "global_batch_size": 4,
-            "expert_model_parallel_size": min(ranks, 3) if ranks == 3 else 2,
-            **TOP_1,
-            **flags,
-        }
-    )
-    return exact_losses(on_ranks(ranks, exact_job, arguments))
+    shape = {
+        "num_experts": 8,
+        "train_iters": ITERATIONS,
+        "expert_model_parallel_size": 3 if ranks == 3 else 2,
+    }
+    return exact_losses(on_ranks(ranks, exact_job, short_job(**shape | flags)))
 
 
 def assert_same(mine: Losses, wanted: Losses) -> None:

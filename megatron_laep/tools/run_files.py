@@ -74,7 +74,7 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
                     expert_map = ExpertMap.from_dict(contents[name])
                 elif name == "loads.json":
                     tokens_LE = _checked_decision_loads(contents[name], expert_map)
-                    loads = load_log.read(path)
+                    loads = load_log.read(path, contents[name])
                     blocks = loads.blocks(expert_map.expert_parallel_size_before)
                 else:
                     _check_table(contents[name], expert_map, loads.stages, blocks)
@@ -99,10 +99,13 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
     return prunings
 
 
+def _check_fields(data: object, names: Sequence[str]) -> None:
+    if not isinstance(data, dict) or any(name not in data for name in names):
+        raise ValueError(f"it must be an object with the fields {', '.join(names)}")
+
+
 def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.ndarray, ...]:
-    fields = ("iteration", "window", "layer_numbers", "tokens")
-    if not isinstance(data, dict) or any(name not in data for name in fields):
-        raise ValueError(f"it must be an object with the fields {', '.join(fields)}")
+    _check_fields(data, ("iteration", "window", "layer_numbers", "tokens"))
     if data["iteration"] != expert_map.iteration:
         raise ValueError(
             f"it was counted up to iteration {data['iteration']!r}, map.json is of iteration "
@@ -151,9 +154,7 @@ def _check_table(
     stages: Mapping[int, int] | None,
     blocks_before: Sequence[Sequence[int]],
 ) -> None:
-    wanted = [field.name for field in dataclasses.fields(PruningSummary)]
-    if not isinstance(data, dict) or any(name not in data for name in wanted):
-        raise ValueError(f"it must be an object with the fields {', '.join(wanted)}")
+    _check_fields(data, [field.name for field in dataclasses.fields(PruningSummary)])
     if data["expert_map_hash"] != expert_map.hash:
         raise ValueError(
             f"it was made for the map {str(data['expert_map_hash'])[:12]}, map.json is "
