@@ -17,7 +17,7 @@ The folder, in the order in which a run passes through it:
   drive, the rebuild; with ``hooks``, ``events`` (log lines), ``agreement`` (rank 0 decides) and
   ``model_size``.
 * ``__main__``: the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``.
-* ``tools``, ``cost_inputs``, ``cost_model``: the ``laep`` command, offline.
+* ``tools``, ``training_log``, ``cost_inputs``, ``cost_model``: the ``laep`` command, offline.
 * ``cpu``: lets stock Megatron train on gloo processes without a GPU; never imported on a GPU run.
 """
 

@@ -79,6 +79,7 @@ class LaepMoELayer(MoELayer):
         super().__init__(in_slots, told, layer_number, pg_collection, **named)
         self.config, self.submodules = layer_config, submodules
         self.num_local_experts, self.local_expert_indices = len(own), list(own)
+        # In the place of the one that Megatron's constructor has made, which holds no buffers.
         dispatcher = DISPATCHERS[layer_config.moe_token_dispatcher_type]
         self.token_dispatcher = dispatcher(table, layer_config, pg_collection)
         if self.shared_expert_overlap:
