@@ -61,6 +61,7 @@ def source_files() -> list[Path]:
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
         skipped = any(part in NOT_SOURCE or part.endswith(".egg-info") for part in parts)
+        skipped |= parts[0] in ("data", "runs")  # what the quickstart makes; tests/data is source
         if skipped or not path.is_file() or path.is_symlink():
             continue
         if path.suffix in {".py", ".md", ".sh", ".txt", ".toml", ".cfg", ".ini", ".json", ".yaml"}:
