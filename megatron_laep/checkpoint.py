@@ -40,55 +40,16 @@ from megatron_laep.optimizer_state import (
     complete_common_state,
     complete_loaded_state,
 )
+from megatron_laep.pruned_checkpoint import (
+    PrunedCheckpoint,
+    relaunch_with_python_m_megatron_laep,  # noqa: F401 - where older checkpoints look for it
+)
 from megatron_laep.routing_stats import OpenWindow
 
 ENTRY = "megatron_laep"
 PENDING = "pending"
 APPLIED = "applied"
 _RECORD_VERSION = 2
-
-
-class PrunedCheckpoint:
-    """Holds the record of a pruned model, so that only this package can open the checkpoint.
-
-    Megatron unpickles the common state of a checkpoint before it reads any tensor. This value comes
-    back through ``relaunch_with_python_m_megatron_laep``, which refuses in a process that has not
-    called ``allow_pruned_checkpoints``. A process without this package stops at the missing module, one
-    that unpickles with ``weights_only`` at the function's name.
-    """
-
-    def __init__(self, record: dict) -> None:
-        self.record = record
-
-    def __reduce__(self):
-        return relaunch_with_python_m_megatron_laep, (self.record,)
-
-    def __eq__(self, other: object) -> bool:
-        # Megatron checks that the common state is the same on all ranks.
-        return type(other) is type(self) and other.record == self.record
-
-    __hash__ = None
-
-
-_pruned_checkpoints_allowed = False
-
-
-def relaunch_with_python_m_megatron_laep(record: dict) -> PrunedCheckpoint:
-    """Unpickles a ``PrunedCheckpoint``; see there for the name."""
-    if not _pruned_checkpoints_allowed:
-        raise ValueError(
-            "this checkpoint was pruned by LAEP: its layers have other numbers of experts than "
-            "--num-experts says, and only megatron_laep knows which. Start the same command with "
-            "'-m megatron_laep' before the script (or call megatron_laep.install() in it)"
-        )
-    return PrunedCheckpoint(record)
-
-
-def allow_pruned_checkpoints(allowed: bool = True) -> None:
-    """Whether this process may open checkpoints of pruned models."""
-    global _pruned_checkpoints_allowed
-    _pruned_checkpoints_allowed = allowed
-    torch.serialization.add_safe_globals([relaunch_with_python_m_megatron_laep])
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from megatron.training.async_utils import maybe_finalize_async_save
 
 from megatron_laep import config as laep_config
 from megatron_laep import events, parallel
-from megatron_laep.checkpoint import allow_pruned_checkpoints
 from megatron_laep.config import LaepConfig
 from megatron_laep.hooks import Hook, HookSet
 from megatron_laep.job import Job, Rebuild
 from megatron_laep.moe_layer import LaepMoELayer, set_layer_counts
 from megatron_laep.optimizer_state import ranges_without_padding
+from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
 
 class _Session:

@@ -4,6 +4,7 @@ Checkpoints are real ones, of little more than their common state.
 """
 
 import json
+import pickle
 import resource
 import signal
 from argparse import Namespace
@@ -26,6 +27,7 @@ SECOND = ExpertMap.from_kept(
 ).to_json()
 WINDOW = {"start": 5, "end": 7, "tokens_LE": ((1, 2**40, 3), (0, 0, 9))}
 NAME = "relaunch_with_python_m_megatron_laep"
+DATA = Path(__file__).resolve().parent / "data"
 
 
 # -- what runs where Megatron is -------------------------------------------------------------------
@@ -58,7 +60,8 @@ def save(path: str, state: dict) -> None:
 def round_trip(path: str, map_state: str | None, window: dict | None, second: bool) -> None:
     import dataclasses
 
-    from megatron_laep.checkpoint import ENTRY, allow_pruned_checkpoints, read_record
+    from megatron_laep.checkpoint import ENTRY, read_record
+    from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
     init_process_group()
     one = record(map_state, window, second)
@@ -89,7 +92,7 @@ def save_and_open_entry(path: str, map_state: str | None, allow: bool) -> str:
     """The entry alone, by torch.save; the name of the class that comes back."""
     import torch
 
-    from megatron_laep.checkpoint import allow_pruned_checkpoints
+    from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
     torch.save(record(map_state).to_entry(), path)
     if allow:
@@ -98,7 +101,8 @@ def save_and_open_entry(path: str, map_state: str | None, allow: bool) -> str:
 
 
 def read(path: str) -> str:
-    from megatron_laep.checkpoint import allow_pruned_checkpoints, read_record
+    from megatron_laep.checkpoint import read_record
+    from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
     allow_pruned_checkpoints()
     return repr(read_record(Path(path)))
@@ -216,6 +220,36 @@ def test_the_record_of_a_pruned_model_is_no_plain_value(tmp_path):
     assert allowed == "PrunedCheckpoint"
     for map_state in (None, "pending"):
         assert in_megatron(save_and_open_entry, path, map_state, allow=False).result() == "dict"
+
+
+def open_entry(path: str) -> str:
+    import torch
+
+    from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
+
+    allow_pruned_checkpoints()
+    return type(torch.load(path, weights_only=True)["megatron_laep"]).__name__
+
+
+def test_a_checkpoint_of_the_time_before_the_layout():
+    """A run that was begun when the pickled function stood in ``megatron_laep.checkpoint``."""
+    before = DATA / "checkpoint_before_layout"
+    assert b"cmegatron_laep.checkpoint\n" + NAME.encode() in (before / "common.pt").read_bytes()
+    text = in_megatron(read, str(before)).result()
+    expert_map = ExpertMap.from_json(MAP)
+    assert expert_map.hash in text or repr(expert_map.layers[0].kept) in text
+    assert "map_state='applied'" in text
+    refused = in_megatron(open_as_stock, str(before))
+    assert NAME in refused.message
+    assert in_megatron(open_entry, str(before / "common.pt")).result() == "PrunedCheckpoint"
+
+
+def test_the_path_that_is_pickled(tmp_path):
+    """Checkpoints of all later versions name it: it never changes."""
+    from megatron_laep.pruned_checkpoint import PrunedCheckpoint
+
+    pickled = pickle.dumps(PrunedCheckpoint({}), protocol=0)
+    assert f"cmegatron_laep.pruned_checkpoint\n{NAME}\n".encode() in pickled
 
 
 def test_megatron_compares_records_of_ranks():

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_laep import checkpoint
+from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
 _EXPERT = re.compile(r"\.mlp\.experts\.experts\.")
 _ROUTER = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?mlp\.router\.weight$")
@@ -33,7 +34,7 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
         raise ValueError(
             f"{path} is not a complete checkpoint of format torch_dist: it has no file .metadata"
         )
-    checkpoint.allow_pruned_checkpoints()
+    allow_pruned_checkpoints()
     try:
         with warnings.catch_warnings():
             # That torch.distributed is not initialised: it need not be.
