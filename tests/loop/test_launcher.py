@@ -213,7 +213,7 @@ def install_and_uninstall() -> list[dict]:
             {
                 "hooked": sorted(place for place in before if during[place] != before[place]),
                 "left": sorted(place for place in before if after[place] != before[place]),
-                "asked for": len(megatron_laep.loop.loop_hooks._hooks()),
+                "asked for": len(megatron_laep.loop.loop_hooks.hooks()),
             }
         )
     return seen
