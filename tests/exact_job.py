@@ -31,6 +31,7 @@ def exact_job(
     """
     import crash
     import exact_log
+    import fixed_order
     import masked
     from megatron.training import training
 
@@ -39,6 +40,7 @@ def exact_job(
     path = Path(os.environ["IN_MEGATRON_SCRATCH"]) / f"exact{os.environ['RANK']}.jsonl"
     os.environ["EXACT_LOG"] = str(path)
     exact_log.wrap(training)
+    fixed_order.install()
     if kill_at is not None:
         crash.arrange(*kill_at)
     if masks:

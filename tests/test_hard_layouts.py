@@ -13,6 +13,8 @@ from test_permutation import ORDER_OF_SUM
 from test_uneven_experts import flags as short_job
 from test_uneven_experts import plan
 
+pytestmark = pytest.mark.equality
+
 PRUNE, ITERATIONS = 2, 5
 BUCKETS = {
     "use_distributed_optimizer": True,
