@@ -6,7 +6,7 @@
 #     scripts/check_arithmetics.sh                                # all
 #     scripts/check_arithmetics.sh mkl-avx2 aten-default          # some
 #     scripts/check_arithmetics.sh --long                         # with those that take minutes
-#     scripts/check_arithmetics.sh mkl-avx2 -- -x tests/test_uneven_experts.py -k masked
+#     scripts/check_arithmetics.sh mkl-avx2 -- -x tests/oracles/test_uneven_experts.py -k masked
 #
 # What follows `--` goes to pytest; another -m there takes the place of the markers. The MKL_CBWR ones
 # differ from the default where torch has MKL, on x86.
@@ -21,7 +21,7 @@ settings_of() {
         aten-avx2) echo ATEN_CPU_CAPABILITY=avx2 ;;
         mkl-compatible) echo MKL_CBWR=COMPATIBLE ;;
         mkl-avx2) echo MKL_CBWR=AVX2 ;;
-        # Coarse sums that depend on a matrix's shape (tests/shape_dependent.py): a proof that rests on
+        # Coarse sums that depend on a matrix's shape (tests/support/shape_dependent.py): a proof that rests on
         # a kernel fails here on every processor.
         shape-dependent) echo MKL_CBWR=COMPATIBLE SHAPE_DEPENDENT_SUMS=1 ;;
         *) return 1 ;;
