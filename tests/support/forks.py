@@ -53,10 +53,14 @@ class Outcome:
 
 
 def in_megatron(
-    function: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    *args: Any,
+    env: dict[str, str] | None = None,
+    timeout: float = TIMEOUT,
+    **kwargs: Any,
 ) -> Outcome:
     """Call `function` in one process. RANK is 0 and WORLD_SIZE 1 there, unless `env` differs."""
-    return _call(1, function, args, kwargs, env or {})[0]
+    return _call(1, function, args, kwargs, env or {}, timeout)[0]
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Outcome]:
@@ -88,12 +92,17 @@ _lock = threading.Lock()
 
 
 def _call(
-    ranks: int, function: Callable, args: tuple, kwargs: dict, env: dict[str, str]
+    ranks: int,
+    function: Callable,
+    args: tuple,
+    kwargs: dict,
+    env: dict[str, str],
+    timeout: float = TIMEOUT,
 ) -> list[Outcome]:
     with _lock:
         server = _running_server()
         try:
-            _send(server.stdin, pickle.dumps((ranks, function, args, kwargs, env)))
+            _send(server.stdin, pickle.dumps((ranks, function, args, kwargs, env, timeout)))
             return pickle.loads(_receive(server.stdout))
         except (EOFError, BrokenPipeError):
             code = server.wait(timeout=TIMEOUT)
@@ -166,7 +175,7 @@ def _serve() -> None:
 
 def _run(request: bytes) -> list[Outcome]:
     # Unpickled here, and not only in the forks, so that a test module is imported once.
-    ranks, function, args, kwargs, env = pickle.loads(request)
+    ranks, function, args, kwargs, env, timeout = pickle.loads(request)
     with tempfile.TemporaryDirectory() as scratch:
         children = []
         for rank in range(ranks):
@@ -181,7 +190,7 @@ def _run(request: bytes) -> list[Outcome]:
                 os.environ.update(variables | env)
                 _run_fork(f"{scratch}/{rank}", function, args, kwargs)
             children.append(pid)
-        killers = [threading.Timer(TIMEOUT, os.kill, (pid, signal.SIGKILL)) for pid in children]
+        killers = [threading.Timer(timeout, os.kill, (pid, signal.SIGKILL)) for pid in children]
         for killer in killers:
             killer.start()
         codes = []
