@@ -10,10 +10,10 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from megatron_laep.json_text import read_json
-
 from study_parts.execute import EVALUATE, LOGS, RESULT, TRAIN, Place, command, iterations
 from study_parts.table import CONFIG, ROOT, Run
+
+from megatron_laep.json_text import read_json
 
 FORMAT, VERSION = "megatron_laep study", 1
 # The slope at the end, over this share of the iterations.

@@ -54,7 +54,6 @@ def prepare(folder: Path) -> dict:
         return read_json(description, str(description))
     import torch
     from prepare_data import byte_tokenizer, write_dataset
-
     from study_parts.files import write_json
 
     sets = {}

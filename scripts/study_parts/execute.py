@@ -18,11 +18,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_laep.json_text import read_json
-
 from study_parts import plans
 from study_parts.files import write_json
 from study_parts.table import DEFAULT, ROOT, SMALL, Run, Setting
+
+from megatron_laep.json_text import read_json
 
 TRAIN, EVALUATE = "train", "evaluate"
 LOGS = {TRAIN: "train.log", EVALUATE: "evaluate.log"}

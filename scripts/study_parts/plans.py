@@ -10,9 +10,9 @@ import dataclasses
 import random
 from pathlib import Path
 
-from megatron_laep.expert_map import ExpertMap, LayerMap
-
 from study_parts.table import BUSIEST, RANDOM
+
+from megatron_laep.expert_map import ExpertMap, LayerMap
 
 
 def made_map(run_dir: Path) -> ExpertMap:
