@@ -13,6 +13,7 @@ from pathlib import Path
 from study_parts.execute import EVALUATE, LOGS, RESULT, TRAIN, Place, command, iterations
 from study_parts.table import CONFIG, ROOT, Run
 
+from megatron_laep import load_log
 from megatron_laep.json_text import read_json
 
 FORMAT, VERSION = "megatron_laep study", 1
@@ -21,7 +22,7 @@ TAIL = 0.2
 _TRAINED = re.compile(r"iteration +(\d+)/ *\d+ \|.*lm loss: ([0-9.E+-]+|nan|inf) \|")
 _VALIDATED = re.compile(r"loss at iteration (\d+)(?: on (\w+) set)? \| lm loss value: (\S+) \|")
 _PARAMETERS = re.compile(r"number of parameters on .*: (\d+)")
-_PRUNABLE = re.compile(r"event=(stability|pruning_decision|decision)[^\n]*")
+_STABILITY = re.compile(r"event=stability ([^\n]*)")
 
 
 @cache
@@ -112,13 +113,20 @@ def result(place: Place, run: Run) -> dict[str, object]:
             for table in tables
         ],
         "stability": _stability(text),
+        "last_loads": _last_loads(folder / "laep"),
         "machine": machine(),
     }
 
 
+def _last_loads(folder: Path) -> list[list[int]]:
+    """Tokens of each layer's experts in the last window that was recorded."""
+    log = load_log.read(load_log.find_logs(folder)[-1])
+    return [row.tolist() for row in log.window(log.num_windows - 1)]
+
+
 def _stability(text: str) -> list[str]:
-    """The lines in which the job says whether the loads were stable when it pruned."""
-    return [match[0] for match in _PRUNABLE.finditer(text)][-3:]
+    """What the job said about it at each of its prunings; of a repeated one, twice."""
+    return _STABILITY.findall(text)
 
 
 def collect(place: Place, runs: tuple[Run, ...], corpus: dict) -> dict[str, object]:

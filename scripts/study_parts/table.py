@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "gpt-moe-4l-16e-cpu-study.args"
+CONFIG = ROOT / "configs" / "gpt-moe-4l-16e-cpu-1proc.args"
 
 BASE = "base"
 DEFAULT = "laep-alpha0.4-beta0.1"
