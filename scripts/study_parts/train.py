@@ -3,8 +3,8 @@
     train.py --forget-moments SCRIPT ARGUMENTS       Adam starts anew on the pruned model
     train.py --router-warmup K SCRIPT ARGUMENTS      only the router learns in the next K iterations
 
-LAEP carries Adam's moments through a pruning, and refuses --no-load-optim there (a relaunch with
-the same command would lose them). So they are emptied here, after the pruned checkpoint is loaded.
+LAEP carries Adam's moments through a pruning, and sets --no-load-optim back where it goes on from
+its own checkpoint (or a relaunch would lose them). So they are emptied here, after it is loaded.
 """
 
 from __future__ import annotations
