@@ -13,8 +13,8 @@ from pathlib import Path
 from study_parts.execute import EVALUATE, LOGS, RESULT, TRAIN, Place, command, iterations
 from study_parts.table import CONFIG, ROOT, Run
 
-from megatron_laep import load_log
 from megatron_laep.json_text import read_json
+from megatron_laep.records import load_log
 
 FORMAT, VERSION = "megatron_laep study", 1
 # The slope at the end, over this share of the iterations.

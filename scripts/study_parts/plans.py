@@ -12,7 +12,7 @@ from pathlib import Path
 
 from study_parts.table import BUSIEST, RANDOM
 
-from megatron_laep.expert_map import ExpertMap, LayerMap
+from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 
 
 def made_map(run_dir: Path) -> ExpertMap:
