@@ -157,6 +157,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="of a run, for a trial: the study's moments and intervals shrink with it",
     )
+    parser.add_argument(
+        "--normal-priority",
+        action="store_true",
+        help="do not leave the cores to everybody else's processes first",
+    )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="list the runs and their state")
     action.add_argument("--pause", action="store_true", help="stop all processes where they are")
@@ -202,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2
-    place = Place(args.root.resolve(), setting)
+    place = Place(args.root.resolve(), setting, last_in_queue=not args.normal_priority)
     every = runs(rows(setting))
     queue = tuple(run for run in every if any(fnmatch.fnmatchcase(run.name, p) for p in args.only))
     if not queue:

@@ -7,6 +7,7 @@ A run has two phases, a process each: `train`, with Megatron's checkpoints to go
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -40,11 +41,13 @@ _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 class Place:
     """Where the runs are.
 
-    root: holds a directory for each run, and the data. setting: of all runs.
+    root: holds a directory for each run, and the data. setting: of all runs. last_in_queue: whether
+    their processes get a core only when nobody else wants it.
     """
 
     root: Path
     setting: Setting = field(default_factory=Setting)
+    last_in_queue: bool = True
 
     @property
     def data(self) -> Path:
@@ -148,16 +151,20 @@ def environment() -> dict[str, str]:
     }
 
 
-def _lower_priority() -> None:
-    """In the child: last in the queue for a core, and gone when the driver is."""
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
-        try:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        except OSError:  # not allowed here: niceness alone then
-            pass
+def _end_with_driver() -> None:
+    """In the child: gone when the driver is."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
+
+
+def _last_in_queue() -> None:
+    """In the child: also last in the queue for a core."""
+    _end_with_driver()
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        # Where it is not allowed, niceness alone.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Process:
@@ -177,7 +184,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_lower_priority,
+                preexec_fn=_last_in_queue if place.last_in_queue else _end_with_driver,
             )
         write_json(
             self._folder / PROCESS, {"pid": self._child.pid, "started": start_time(self._child.pid)}

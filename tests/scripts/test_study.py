@@ -347,6 +347,16 @@ def test_pause_and_continue_reach_the_processes_of_runs_and_no_others(tmp_path):
             process.wait()
 
 
+def test_runs_leave_the_cores_to_others():
+    process = subprocess.Popen(["sleep", "60"], preexec_fn=execute._last_in_queue)
+    try:
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(
     "flags, wanted",
     [
@@ -387,7 +397,7 @@ def test_a_run_is_killed_continued_and_collected(tmp_path):
         timeout=120,
         check=True,
     )
-    asked = ("--iterations", "20", "--jobs", "1", "--only", name)
+    asked = ("--iterations", "20", "--jobs", "1", "--normal-priority", "--only", name)
 
     driver = study(tmp_path, *asked)
     wait_for((folder / "latest_checkpointed_iteration.txt").exists, 150)
