@@ -57,10 +57,14 @@ def in_megatron(
     *args: Any,
     env: dict[str, str] | None = None,
     timeout: float = TIMEOUT,
+    path: str = "",
     **kwargs: Any,
 ) -> Outcome:
-    """Call `function` in one process. RANK is 0 and WORLD_SIZE 1 there, unless `env` differs."""
-    return _call(1, function, args, kwargs, env or {}, timeout)[0]
+    """Call `function` in one process. RANK is 0 and WORLD_SIZE 1 there, unless `env` differs.
+
+    path: a folder whose modules Megatron is to find before all others, such as a stand-in.
+    """
+    return _call(1, function, args, kwargs, env or {}, timeout, path)[0]
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Outcome]:
@@ -87,7 +91,7 @@ def _with_process_group(function: Callable[..., Any], args: tuple, kwargs: dict)
 
 # -- in pytest's process ---------------------------------------------------------------------------
 
-_server: subprocess.Popen | None = None
+_servers: dict[str, subprocess.Popen] = {}
 _lock = threading.Lock()
 
 
@@ -98,9 +102,10 @@ def _call(
     kwargs: dict,
     env: dict[str, str],
     timeout: float = TIMEOUT,
+    path: str = "",
 ) -> list[Outcome]:
     with _lock:
-        server = _running_server()
+        server = _running_server(path)
         try:
             _send(server.stdin, pickle.dumps((ranks, function, args, kwargs, env, timeout)))
             return pickle.loads(_receive(server.stdout))
@@ -109,21 +114,21 @@ def _call(
             raise AssertionError(f"the process with Megatron died, exit code {code}") from None
 
 
-def _running_server() -> subprocess.Popen:
-    global _server
-    if _server is None or _server.poll() is not None:
+def _running_server(path: str) -> subprocess.Popen:
+    server = _servers.get(path)
+    if server is None or server.poll() is not None:
         environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
         environment["PYTHONPATH"] = os.pathsep.join(
-            [str(REPOSITORY), environment.get("PYTHONPATH", "")]
+            filter(None, [path, str(REPOSITORY), environment.get("PYTHONPATH")])
         )
-        _server = subprocess.Popen(
+        server = _servers[path] = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
         )
-        atexit.register(_stop, _server)
-    return _server
+        atexit.register(_stop, server)
+    return server
 
 
 def _stop(server: subprocess.Popen) -> None:

@@ -30,6 +30,7 @@ def run_ranks(
     *,
     timeout: float,
     fresh: bool,
+    path: str = "",
 ) -> tuple[list[int], bool]:
     """Runs `exact_log.py` with the words, one process for each environment.
 
@@ -39,6 +40,7 @@ def run_ranks(
         logs: files that each process's output goes to.
         timeout: seconds after which all are killed. The first one that fails ends the others, too.
         fresh: new processes, no forks.
+        path: as of `in_megatron`; only forks look at it.
 
     Returns:
         Exit code of each process, minus the signal's number if it was killed; whether time was up.
@@ -49,7 +51,7 @@ def run_ranks(
             [_started(words, *one) for one in zip(environments, logs, strict=True)], timeout
         )
     outcome = in_megatron(
-        _run_forks, words, environments, list(logs), timeout, timeout=timeout + 60
+        _run_forks, words, environments, list(logs), timeout, timeout=timeout + 60, path=path
     )
     return outcome.result()
 

@@ -162,6 +162,7 @@ def run_megatron(
     check: bool = True,
     log_dir: Path | None = None,
     fresh: bool = False,
+    path: str = "",
 ) -> RunResult:
     """Run `script` on `world_size` gloo processes and collect what they say.
 
@@ -175,12 +176,15 @@ def run_megatron(
         check: raise `RunFailed` unless all ranks exit with 0 in time.
         log_dir: where each rank's log goes; a temporary directory otherwise.
         fresh: start new processes, as a user does, not forks of one that has Megatron already.
+        path: a folder whose modules Megatron is to find before all others, such as a stand-in.
 
     The logs' tails are printed as well, so that pytest shows them with any later failure of the
     test.
     """
     for _ in range(3):
-        result = _run_once(args, world_size, launcher, script, env or {}, timeout, log_dir, fresh)
+        result = _run_once(
+            args, world_size, launcher, script, env or {}, timeout, log_dir, fresh, path
+        )
         # Between choosing a free port and using it, somebody else may take it.
         if result.ok or "EADDRINUSE" not in result.logs[0]:
             break
@@ -242,6 +246,7 @@ def _run_once(
     timeout: float,
     log_dir: Path | None,
     fresh: bool,
+    path: str,
 ) -> RunResult:
     with tempfile.TemporaryDirectory(prefix="megatron-run-") as scratch:
         directory = Path(scratch) if log_dir is None else Path(log_dir)
@@ -260,8 +265,8 @@ def _run_once(
             ],
             paths,
             timeout=timeout,
-            # What is on the path decides what Megatron finds when it is imported.
-            fresh=fresh or "PYTHONPATH" in env,
+            fresh=fresh,
+            path=path,
         )
         result = RunResult(
             returncodes=codes,
