@@ -19,7 +19,7 @@ import yaml
 from tabulate import tabulate
 
 from megatron_laep.plan.make_map import make_expert_map
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
@@ -69,14 +69,14 @@ def main() -> int:
     shape, parallelism = ModelShape(**model), Parallelism(**job)
     hardware = Hardware(**yaml.safe_load(arguments.hardware.read_text(encoding="utf-8")))
     published = description["published"]["tflops_per_gpu"]
-    config = LaepConfig(prune_iteration=1, **description["laep"])
+    rules = PruningRules(**description["laep"])
     draws = []
     for seed in range(arguments.seeds):
         content = generate["generate"](description, seed)
         expert_map = make_expert_map(
             content["tokens"],
             content["layer_numbers"],
-            config=config,
+            rules=rules,
             iteration=0,
             top_k=shape.top_k,
             expert_parallel_size_before=parallelism.expert,

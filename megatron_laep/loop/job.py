@@ -274,7 +274,7 @@ class Job:
         elif self._legs:
             make_map.check_counts(
                 self._stats.expert_counts,
-                config=self.config,
+                rules=self.config.rules,
                 top_k=args.moe_router_topk,
                 expert_parallel_size_after=self._size_after(args),
                 stages=self._stats.stages,
@@ -337,7 +337,7 @@ class Job:
             kept_LK = load_metrics.experts_kept_now(
                 tokens_LE,
                 layer_numbers,
-                config=self.config,
+                rules=self.config.rules,
                 top_k=args.moe_router_topk,
                 expert_parallel_size_after=self._size_after(args),
                 stages=self._stats.stages,
@@ -470,7 +470,7 @@ class Job:
         return make_map.make_expert_map(
             [tokens_LE for _, tokens_LE in window.parts],
             self._stats.layer_numbers,
-            config=self.config,
+            rules=self.config.rules,
             iteration=iteration,
             top_k=args.moe_router_topk,
             expert_parallel_size_before=args.expert_model_parallel_size,

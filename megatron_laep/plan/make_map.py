@@ -16,30 +16,28 @@ import numpy as np
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.plan.pruning import checked_windows, experts_to_keep
 from megatron_laep.plan.stage_placement import place_stage
-from megatron_laep.settings.config import LaepConfig
-from megatron_laep.settings.rules import AlphaSpec
+from megatron_laep.settings.rules import PruningRules
 
 
 def make_expert_map(
     loads: Sequence,
     layer_numbers: Sequence[int],
     *,
-    config: LaepConfig,
+    rules: PruningRules,
     iteration: int,
     top_k: int,
     expert_parallel_size_before: int,
     expert_parallel_size_after: int,
     stages: Mapping[int, int] | None = None,
 ) -> ExpertMap:
-    """The expert map that the rules of `config` make of the loads.
+    """The expert map that the rules make of the loads.
 
     loads: tokens in each window of each layer's experts, integers, summed over all ranks. An array
         [W, L, E] or nested lists, rows of different lengths for a model that was pruned before; or
         [L, E], which is one window. Pruning looks at the sum of the windows, and placement by
         "balanced" at each of them.
     layer_numbers: Megatron's 1-based number of each row.
-    config: alpha, beta, placement, expert_multiple (None: expert_parallel_size_after), and what it
-        says about uneven counts.
+    rules: of the user; expert_multiple None stands for expert_parallel_size_after.
     iteration: the iteration after which the map applies.
     top_k: experts per token; for the least that a layer keeps see `fewest_kept`.
     stages: the pipeline stage of each layer number; None if all are in one. Where counts may differ, each
@@ -57,8 +55,8 @@ def make_expert_map(
             )
     stage_of = _stages(stages, layer_numbers)
     ranks = expert_parallel_size_after
-    multiple = config.expert_multiple or ranks
-    alpha = AlphaSpec.parse(config.alpha)
+    multiple = rules.multiple_for(ranks)
+    alpha = rules.alpha_spec
     layers_of_stage = Counter(stage_of.values())
     by_stage: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     # By number: the order of the rows must not show in the placement.
@@ -69,7 +67,7 @@ def make_expert_map(
             kept = kept_experts(
                 loads_WE.sum(axis=0),
                 alpha.for_layer(number),
-                config=config,
+                rules=rules,
                 top_k=top_k,
                 expert_parallel_size_after=ranks,
                 layers_of_stage=layers_of_stage[stage_of[number]],
@@ -82,12 +80,12 @@ def make_expert_map(
         layers=tuple(
             layer
             for rows in by_stage.values()
-            for layer in _placed(rows, ranks, config, uneven=multiple % ranks > 0)
+            for layer in _placed(rows, ranks, rules, uneven=multiple % ranks > 0)
         ),
-        alpha=config.alpha,
-        beta=config.beta,
+        alpha=rules.alpha,
+        beta=rules.beta,
         expert_multiple=multiple,
-        placement=config.placement,
+        placement=rules.placement,
         expert_parallel_size_before=expert_parallel_size_before,
         expert_parallel_size_after=ranks,
         top_k=top_k,
@@ -98,7 +96,7 @@ def kept_experts(
     loads_E: np.ndarray,
     alpha: float,
     *,
-    config: LaepConfig,
+    rules: PruningRules,
     top_k: int,
     expert_parallel_size_after: int,
     layers_of_stage: int,
@@ -109,18 +107,18 @@ def kept_experts(
         `make_expert_map`, and with its errors.
     """
     ranks = expert_parallel_size_after
-    multiple = config.expert_multiple or ranks
-    minimum = fewest_kept(config, top_k, ranks, layers_of_stage)
+    multiple = rules.multiple_for(ranks)
+    minimum = fewest_kept(rules, top_k, ranks, layers_of_stage)
     _check_expert_count(len(loads_E), multiple, minimum, top_k, ranks)
     return experts_to_keep(
-        loads_E, alpha=alpha, beta=config.beta, multiple=multiple, minimum=minimum
+        loads_E, alpha=alpha, beta=rules.beta, multiple=multiple, minimum=minimum
     )
 
 
 def check_counts(
     expert_counts: Mapping[int, int],
     *,
-    config: LaepConfig,
+    rules: PruningRules,
     top_k: int,
     expert_parallel_size_after: int,
     stages: Mapping[int, int],
@@ -133,9 +131,9 @@ def check_counts(
     ranks = expert_parallel_size_after
     layers_of_stage = Counter(stages.values())
     for number, count in expert_counts.items():
-        minimum = fewest_kept(config, top_k, ranks, layers_of_stage[stages[number]])
+        minimum = fewest_kept(rules, top_k, ranks, layers_of_stage[stages[number]])
         try:
-            _check_expert_count(count, config.expert_multiple or ranks, minimum, top_k, ranks)
+            _check_expert_count(count, rules.multiple_for(ranks), minimum, top_k, ranks)
         except ValueError as error:
             raise ValueError(f"layer {number}, as the model is now: {error}") from None
 
@@ -162,7 +160,7 @@ def _by_window(loads: Sequence) -> Sequence:
 def _placed(
     rows: Sequence[tuple[int, np.ndarray, np.ndarray]],
     ranks: int,
-    config: LaepConfig,
+    rules: PruningRules,
     *,
     uneven: bool,
 ) -> list[LayerMap]:
@@ -170,10 +168,10 @@ def _placed(
     placements = place_stage(
         [loads_WE[:, kept] for _, loads_WE, kept in rows],
         ranks,
-        config.placement,
+        rules.placement,
         uneven=uneven,
-        fewest=0 if config.allow_empty_ranks else 1,
-        max_spread=config.max_experts_per_rank_spread,
+        fewest=0 if rules.allow_empty_ranks else 1,
+        max_spread=rules.max_experts_per_rank_spread,
     )
     return [
         LayerMap(
@@ -187,14 +185,14 @@ def _placed(
     ]
 
 
-def fewest_kept(config: LaepConfig, top_k: int, ranks: int, layers_of_stage: int) -> int:
+def fewest_kept(rules: PruningRules, top_k: int, ranks: int, layers_of_stage: int) -> int:
     """The fewest experts that a layer keeps, before rounding up to the multiple.
 
     As many as a token is routed to, and one for each EP rank. Where a rank may hold none of a
     layer, the layers of the pipeline stage together have one for each: a rank without any expert
     parameter would have no optimizer for them.
     """
-    if config.allow_empty_ranks:
+    if rules.allow_empty_ranks:
         return max(top_k, -(-ranks // layers_of_stage))
     return max(top_k, ranks)
 

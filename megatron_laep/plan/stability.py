@@ -52,7 +52,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from megatron_laep.plan.pruning import checked_loads, experts_to_prune
-from megatron_laep.settings.rules import AlphaSpec
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.thresholds import StabilityThresholds
 
 
@@ -218,8 +218,7 @@ def decide(
     layer_numbers: Sequence[int],
     *,
     iteration: int,
-    alpha: str,
-    beta: float,
+    rules: PruningRules,
     thresholds: StabilityThresholds = StabilityThresholds(),
 ) -> StabilityDecision:
     """Whether the loads are stable at the end of the last of the windows.
@@ -228,7 +227,7 @@ def decide(
         expert (``LoadLog.window``); only the last patience + 1 of them are looked at.
     layer_numbers: Megatron's 1-based number of each row.
     iteration: the last iteration of the last window.
-    alpha, beta: the rule that would prune, as in ``LaepConfig``.
+    rules: those that would prune; alpha and beta count.
 
     Errors: ValueError that names the layer, for loads that no decision can rest on.
     """
@@ -237,7 +236,7 @@ def decide(
     recent = windows[-thresholds.patience - 1 :]
     if any(len(rows) != len(layer_numbers) for rows in recent):
         raise ValueError(f"every window must have loads of {len(layer_numbers)} layers")
-    spec = AlphaSpec.parse(alpha)
+    spec = rules.alpha_spec
     layers = []
     for row, number in enumerate(layer_numbers):
         try:
@@ -246,7 +245,7 @@ def decide(
                     before[row],
                     now[row],
                     alpha=spec.for_layer(number),
-                    beta=beta,
+                    beta=rules.beta,
                     thresholds=thresholds,
                 )
                 for before, now in zip(recent, recent[1:], strict=False)

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap, near_equal_blocks
 from megatron_laep.plan.make_map import kept_experts
-from megatron_laep.settings.config import AlphaSpec, LaepConfig
+from megatron_laep.settings.rules import PruningRules
 
 NAMED_LAYERS = 3
 """So many worst and best layers are named; fewer only where the model has fewer."""
@@ -175,24 +175,24 @@ def experts_kept_now(
     tokens_LE: Sequence[np.ndarray],
     layer_numbers: Sequence[int],
     *,
-    config: LaepConfig,
+    rules: PruningRules,
     top_k: int,
     expert_parallel_size_after: int,
     stages: Mapping[int, int] | None = None,
 ) -> list[np.ndarray]:
-    """For each layer, ids that would stay if the job pruned on these tokens by its own rules.
+    """For each layer, ids that would stay if the job pruned on these tokens by these rules.
 
     A layer without a token keeps everything: no decision can rest on it.
-    Arguments and errors otherwise: as of ``planning.make_expert_map``.
+    Arguments and errors otherwise: as of ``make_map.make_expert_map``.
     """
-    alpha = AlphaSpec.parse(config.alpha)
+    alpha = rules.alpha_spec
     stage_of = stages or dict.fromkeys(layer_numbers, 0)
     layers_of_stage = Counter(stage_of.values())
     return [
         kept_experts(
             tokens_E,
             alpha.for_layer(number),
-            config=config,
+            rules=rules,
             top_k=top_k,
             expert_parallel_size_after=expert_parallel_size_after,
             layers_of_stage=layers_of_stage[stage_of[number]],

@@ -6,7 +6,6 @@ import argparse
 
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.summary import summarize
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.tools import options
 
 
@@ -43,19 +42,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{log.source} does not say the expert-parallel size: give --ep")
     if ep_after < 1:
         raise ValueError(f"--ep must be at least 1, got {ep_after}")
-    config = LaepConfig(
-        prune_iteration=int(log.last_iterations[-1]),
-        alpha=args.alpha,
-        beta=args.beta,
-        **options.rounding(args),
-    )
-    config.validate()
+    rules = options.rules(args, alpha=args.alpha, beta=args.beta)
     ep_before = options.resolve_ep_before(args, log, default=ep_after)
     expert_map = make_expert_map(
         log.parts(args.windows),
         log.layer_numbers,
-        config=config,
-        iteration=config.prune_iteration,
+        rules=rules,
+        iteration=int(log.last_iterations[-1]),
         top_k=options.resolve_top_k(args, log),
         expert_parallel_size_before=ep_before,
         expert_parallel_size_after=ep_after,

@@ -20,7 +20,7 @@ from megatron_laep.plan.make_map import check_plan, make_expert_map
 from megatron_laep.plan.pruning import checked_loads
 from megatron_laep.records import load_log
 from megatron_laep.records.load_log import LoadLog
-from megatron_laep.settings.config import PLACEMENTS, LaepConfig
+from megatron_laep.settings.rules import PLACEMENTS, PruningRules
 from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
@@ -189,7 +189,7 @@ def _span(numbers) -> str:
 
 def _expert_map(
     args: argparse.Namespace,
-    rules: object,
+    section: object,
     shape: ModelShape,
     parallelism: Parallelism,
     log: LoadLog,
@@ -219,18 +219,18 @@ def _expert_map(
         )
         return expert_map
     iteration = int(log.last_iterations[-1])
-    defaults = _checked_section(rules, set(names), f"{args.model}: laep")
+    defaults = _checked_section(section, set(names), f"{args.model}: laep")
     if "alpha" in defaults:
         defaults["alpha"] = str(defaults["alpha"])  # YAML reads 0.4 as a number
-    config = LaepConfig(prune_iteration=max(iteration, 1), **{**defaults, **given})
-    config.validate()
+    rules = PruningRules(**{**defaults, **given})
+    rules.validate()
     ranks = parallelism.expert if args.ep is None else args.ep
     if ranks < 1:
         raise ValueError(f"--ep must be at least 1, got {ranks}")
     return make_expert_map(
         log.parts(windows),
         log.layer_numbers,
-        config=config,
+        rules=rules,
         iteration=iteration,
         top_k=shape.top_k,
         expert_parallel_size_before=parallelism.expert,

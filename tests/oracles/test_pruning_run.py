@@ -17,7 +17,7 @@ import pytest
 from megatron_laep import ExpertMap
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.records import load_log
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.statistics.load_metrics import load_metrics
 from tests.support.forks import in_megatron
 from tests.support.runs import (
@@ -217,7 +217,7 @@ def test_the_loads_are_recorded(run) -> None:
 
 def test_the_metrics_of_the_training_log(run) -> None:
     """TensorBoard, W&B and console, against the loads that were recorded for the same intervals."""
-    config = LaepConfig(prune_iteration=PRUNE, alpha="1.0", beta=0.5)
+    rules = PruningRules(alpha="1.0", beta=0.5)
     expected: dict[str, dict[int, float]] = {}
     folder, lines = run.folder / "laep", []
     for log, pruned in (
@@ -231,7 +231,7 @@ def test_the_metrics_of_the_training_log(run) -> None:
                 plan = make_expert_map(
                     tokens,
                     log.layer_numbers,
-                    config=config,
+                    rules=rules,
                     iteration=iteration,
                     top_k=1,
                     expert_parallel_size_before=2,

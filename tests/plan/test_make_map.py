@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.make_map import check_counts, check_plan, make_expert_map
 from megatron_laep.plan.placement import rank_loads
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "expert_loads_tiny.json").read_text())
 LOADS = [10, 0, 5, 100, 30, 5, 40, 10]  # the layer of test_pruning.py
@@ -32,7 +32,7 @@ def plan(
     return make_expert_map(
         loads_LE,
         layer_numbers or range(1, len(loads_LE[0] if windows else loads_LE) + 1),
-        config=LaepConfig(prune_iteration=50, **settings_),
+        rules=PruningRules(**settings_),
         iteration=50,
         top_k=top_k,
         expert_parallel_size_before=before,
@@ -321,9 +321,9 @@ class TestCheckPlan:
 def test_rules_that_a_pruned_model_cannot_fulfil():
     counts, stages = {1: 8, 2: 5}, {1: 0, 2: 0}
     sizes = {"top_k": 2, "expert_parallel_size_after": 4, "stages": stages}
-    check_counts(counts, config=LaepConfig(prune_iteration=9, expert_multiple=1), **sizes)
+    check_counts(counts, rules=PruningRules(expert_multiple=1), **sizes)
     with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are not a mult"):
-        check_counts(counts, config=LaepConfig(prune_iteration=9), **sizes)
+        check_counts(counts, rules=PruningRules(), **sizes)
     with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are too few"):
         sizes["expert_parallel_size_after"] = 6
-        check_counts(counts, config=LaepConfig(prune_iteration=9, expert_multiple=1), **sizes)
+        check_counts(counts, rules=PruningRules(expert_multiple=1), **sizes)

@@ -9,7 +9,7 @@ import pytest
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.summary import ModelSize, summarize
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, EXPERT_FFN = 103, 64, 4608, 16384
 KEPT = (
@@ -76,9 +76,7 @@ def test_algorithm_1_keeps_the_published_counts(seed):
     one = make_expert_map(
         [loads_that_keep(num_kept, generator) for num_kept in KEPT],
         range(1, NUM_LAYERS + 1),
-        config=LaepConfig(
-            prune_iteration=2000, alpha="0.2:1-10,0.4:11-93,0.2:94-103", beta=0.1, expert_multiple=8
-        ),
+        rules=PruningRules(alpha="0.2:1-10,0.4:11-93,0.2:94-103", beta=0.1, expert_multiple=8),
         iteration=2000,
         top_k=2,
         expert_parallel_size_before=4,

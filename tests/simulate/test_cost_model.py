@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laep.plan.make_map import make_expert_map
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.simulate.cost_inputs import (
     Hardware,
     LayerPlacement,
@@ -200,7 +200,7 @@ def test_pruning_never_takes_more_memory_for_parameters(rows, beta):
     expert_map = make_expert_map(
         rows,
         [1, 2],
-        config=LaepConfig(prune_iteration=1, alpha="inf", beta=beta),
+        rules=PruningRules(alpha="inf", beta=beta),
         iteration=1,
         top_k=1,
         expert_parallel_size_before=2,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.placement import imbalance, rank_loads
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.statistics.load_metrics import (
     LoadMetrics,
     blocks_of_ranks,
@@ -222,14 +222,12 @@ def recorded(window: int) -> list[np.ndarray]:
 def test_prunable_is_what_the_job_would_prune(window, rules):
     """On recorded loads, against the map that the job makes of the same tokens."""
     tokens = recorded(window)
-    config = LaepConfig(prune_iteration=100, **rules)
-    kept = experts_kept_now(
-        tokens, range(1, 5), config=config, top_k=2, expert_parallel_size_after=2
-    )
+    rules = PruningRules(**rules)
+    kept = experts_kept_now(tokens, range(1, 5), rules=rules, top_k=2, expert_parallel_size_after=2)
     expert_map = make_expert_map(
         tokens,
         range(1, 5),
-        config=config,
+        rules=rules,
         iteration=1,
         top_k=2,
         expert_parallel_size_before=2,
@@ -250,7 +248,7 @@ def test_a_layer_without_tokens_keeps_its_experts():
     kept = experts_kept_now(
         tokens,
         [1, 2],
-        config=LaepConfig(prune_iteration=1),
+        rules=PruningRules(),
         top_k=1,
         expert_parallel_size_after=1,
     )

@@ -21,7 +21,7 @@ from megatron_laep.plan.summary import ModelSize, summarize
 from megatron_laep.records import decision_log
 from megatron_laep.records.load_format import LoadLogHeader
 from megatron_laep.records.load_writer import LoadLogWriter
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import Verdict
 from megatron_laep.settings.thresholds import StabilityThresholds
 
@@ -154,8 +154,7 @@ def write_decision(folder: Path, ends: list[int], windows: list[np.ndarray], alp
         hundreds,
         (1, 2, 3, 4),
         iteration=PRUNE_ITERATION,
-        alpha=alpha,
-        beta=0.1,
+        rules=PruningRules(alpha, 0.1),
         thresholds=THRESHOLDS,
     )
     verdict = Verdict.PRUNE if decision.stable else Verdict.PRUNE_UNSTABLE
@@ -174,7 +173,7 @@ def make_run(folder: Path, *, history: bool = True, log: bool = True) -> Path:
     expert_map = make_expert_map(
         tokens_LE,
         data["layer_numbers"],
-        config=LaepConfig(prune_iteration=PRUNE_ITERATION),
+        rules=PruningRules(),
         iteration=PRUNE_ITERATION,
         top_k=2,
         expert_parallel_size_before=2,

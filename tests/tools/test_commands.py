@@ -21,7 +21,7 @@ from megatron_laep.plan.placement import imbalance, rank_loads
 from megatron_laep.records import load_log
 from megatron_laep.records.load_format import LoadLogHeader
 from megatron_laep.records.load_writer import LoadLogWriter
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.tools.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,7 +186,7 @@ class TestPlan:
         expected = make_expert_map(
             recorded[2:6],
             [1, 2, 3, 4],
-            config=LaepConfig(prune_iteration=150),
+            rules=PruningRules(),
             iteration=150,
             top_k=2,
             expert_parallel_size_before=2,
@@ -296,7 +296,7 @@ class TestSweep:
             plan = make_expert_map(
                 loads,
                 [1, 2, 3, 4],
-                config=LaepConfig(prune_iteration=500, alpha=row["alpha"], beta=row["beta"]),
+                rules=PruningRules(alpha=row["alpha"], beta=row["beta"]),
                 iteration=500,
                 top_k=2,
                 expert_parallel_size_before=row["expert_parallel_size"],

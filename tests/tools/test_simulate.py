@@ -15,7 +15,7 @@ import yaml
 
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.records import load_log
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.tools import simulate
 from megatron_laep.tools.__main__ import main as laep
 
@@ -75,7 +75,7 @@ def test_algorithm_1_keeps_the_published_counts_of_the_generated_loads():
     one = make_expert_map(
         log.last(1),
         log.layer_numbers,
-        config=LaepConfig(prune_iteration=1, **description["laep"]),
+        rules=PruningRules(**description["laep"]),
         iteration=100,
         top_k=2,
         expert_parallel_size_before=4,
@@ -148,7 +148,7 @@ def test_real_recorded_loads_and_the_hash_of_the_jobs_plan(capsys, tiny, tmp_pat
     job = make_expert_map(
         recorded["tokens"][-1],
         recorded["layer_numbers"],
-        config=LaepConfig(prune_iteration=500),
+        rules=PruningRules(),
         iteration=500,
         top_k=2,
         expert_parallel_size_before=2,
