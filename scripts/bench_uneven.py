@@ -31,6 +31,7 @@ import yaml
 from tabulate import tabulate
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.pruning import experts_to_keep
 from megatron_laep.plan.summary import LayerRow, scaled, summarize
@@ -70,8 +71,7 @@ class Case:
 
     def plan(self, **settings: object) -> ExpertMap:
         return make_expert_map(
-            self.loads_LE,
-            range(1, len(self.loads_LE) + 1),
+            Loads.of_window(self.loads_LE, range(1, len(self.loads_LE) + 1)),
             rules=PruningRules(**{**RULE, "alpha": self.alpha, **settings}),
             iteration=1,
             top_k=TOP_K,

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.settings.rules import PruningRules
 from megatron_laep.simulate.cost_inputs import (
@@ -74,8 +75,7 @@ def main() -> int:
     for seed in range(arguments.seeds):
         content = generate["generate"](description, seed)
         expert_map = make_expert_map(
-            content["tokens"],
-            content["layer_numbers"],
+            Loads.of_window(content["tokens"], content["layer_numbers"]),
             rules=rules,
             iteration=0,
             top_k=shape.top_k,

@@ -25,6 +25,7 @@ from megatron_laep.mcore.moe_layer import find_layers, token_counters
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.summary import summarize
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records import decision_log
@@ -335,8 +336,7 @@ class Job:
             kept_LK = [np.array(self._plan.layer(number).kept) for number in layer_numbers]
         elif self._legs:
             kept_LK = load_metrics.experts_kept_now(
-                tokens_LE,
-                layer_numbers,
+                Loads.of_window(tokens_LE, layer_numbers),
                 rules=self.config.rules,
                 top_k=args.moe_router_topk,
                 expert_parallel_size_after=self._size_after(args),
@@ -468,8 +468,7 @@ class Job:
                 expert_parallel_size_before=args.expert_model_parallel_size,
             )
         return make_map.make_expert_map(
-            [tokens_LE for _, tokens_LE in window.parts],
-            self._stats.layer_numbers,
+            window.loads(self._stats.layer_numbers),
             rules=self.config.rules,
             iteration=iteration,
             top_k=args.moe_router_topk,

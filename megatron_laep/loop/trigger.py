@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_laep import events
 from megatron_laep.events import on_rank_0
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.stability import StabilityDecision, decide
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records import decision_log
@@ -85,8 +86,9 @@ class Trigger:
         given = self._config.plan is not None
         rules = PruningRules(alpha="0", beta=0.0) if given else self._config.rules
         decision = decide(
-            [window.tokens_LE for window in self._ended],
-            self._stats.layer_numbers,
+            Loads.of_windows(
+                [window.tokens_LE for window in self._ended], self._stats.layer_numbers
+            ),
             iteration=iteration,
             rules=rules,
             thresholds=self._config.stability_thresholds(),

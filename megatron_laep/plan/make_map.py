@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
-from megatron_laep.plan.pruning import checked_windows, experts_to_keep
+from megatron_laep.plan.loads import Loads
+from megatron_laep.plan.pruning import experts_to_keep
 from megatron_laep.plan.stage_placement import place_stage
 from megatron_laep.settings.rules import PruningRules
 
 
 def make_expert_map(
-    loads: Sequence,
-    layer_numbers: Sequence[int],
+    loads: Loads,
     *,
     rules: PruningRules,
     iteration: int,
@@ -32,40 +32,29 @@ def make_expert_map(
 ) -> ExpertMap:
     """The expert map that the rules make of the loads.
 
-    loads: tokens in each window of each layer's experts, integers, summed over all ranks. An array
-        [W, L, E] or nested lists, rows of different lengths for a model that was pruned before; or
-        [L, E], which is one window. Pruning looks at the sum of the windows, and placement by
-        "balanced" at each of them.
-    layer_numbers: Megatron's 1-based number of each row.
+    loads: of one window, or of its parts: pruning looks at their sum, and placement by "balanced" at
+        each of them.
     rules: of the user; expert_multiple None stands for expert_parallel_size_after.
     iteration: the iteration after which the map applies.
     top_k: experts per token; for the least that a layer keeps see `fewest_kept`.
     stages: the pipeline stage of each layer number; None if all are in one. Where counts may differ, each
         rank gets about as many experts of a stage.
 
-    Deterministic: equal arguments give equal maps, whatever the order of the rows.
-    Errors: ValueError that names the layer, for loads that no decision can rest on (NaN, negative,
-    no integers, all zero), or rules that the layer cannot fulfil.
+    Deterministic: equal arguments give equal maps, whatever the order of the layers.
+    Errors: ValueError that names the layer, for loads that no decision can rest on (all zero), or
+    rules that the layer cannot fulfil.
     """
-    windows = _by_window(loads)
-    for rows in windows:
-        if len(rows) != len(layer_numbers):
-            raise ValueError(
-                f"there are loads of {len(rows)} layers for {len(layer_numbers)} layer numbers"
-            )
-    stage_of = _stages(stages, layer_numbers)
+    stage_of = _stages(stages, loads.layer_numbers)
     ranks = expert_parallel_size_after
     multiple = rules.multiple_for(ranks)
     alpha = rules.alpha_spec
     layers_of_stage = Counter(stage_of.values())
     by_stage: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
-    # By number: the order of the rows must not show in the placement.
-    for row in np.argsort(layer_numbers, kind="stable").tolist():
-        number = layer_numbers[row]
+    # By number: the order of the layers must not show in the placement.
+    for number, loads_WE in sorted(loads.tokens.items()):
         try:
-            loads_WE = checked_windows([rows[row] for rows in windows])
             kept = kept_experts(
-                loads_WE.sum(axis=0),
+                loads.total(number),
                 alpha.for_layer(number),
                 rules=rules,
                 top_k=top_k,
@@ -146,15 +135,6 @@ def _stages(stages: Mapping[int, int] | None, layer_numbers: Sequence[int]) -> M
             f"there are pipeline stages of layers {sorted(stages)} for {sorted(layer_numbers)}"
         )
     return stages
-
-
-def _by_window(loads: Sequence) -> Sequence:
-    """Loads as [W][L][E]."""
-    try:
-        nested = hasattr(loads[0][0], "__len__")
-    except (TypeError, IndexError):  # rows that are none: the check of the row says so
-        nested = False
-    return loads if nested else [loads]
 
 
 def _placed(

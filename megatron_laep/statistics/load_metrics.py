@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap, near_equal_blocks
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import kept_experts
 from megatron_laep.settings.rules import PruningRules
 
@@ -172,34 +173,33 @@ def blocks_of_ranks(
 
 
 def experts_kept_now(
-    tokens_LE: Sequence[np.ndarray],
-    layer_numbers: Sequence[int],
+    loads: Loads,
     *,
     rules: PruningRules,
     top_k: int,
     expert_parallel_size_after: int,
     stages: Mapping[int, int] | None = None,
 ) -> list[np.ndarray]:
-    """For each layer, ids that would stay if the job pruned on these tokens by these rules.
+    """For each layer, ids that would stay if the job pruned on these loads by these rules.
 
     A layer without a token keeps everything: no decision can rest on it.
     Arguments and errors otherwise: as of ``make_map.make_expert_map``.
     """
     alpha = rules.alpha_spec
-    stage_of = stages or dict.fromkeys(layer_numbers, 0)
+    stage_of = stages or dict.fromkeys(loads.layer_numbers, 0)
     layers_of_stage = Counter(stage_of.values())
     return [
         kept_experts(
-            tokens_E,
+            loads.total(number),
             alpha.for_layer(number),
             rules=rules,
             top_k=top_k,
             expert_parallel_size_after=expert_parallel_size_after,
             layers_of_stage=layers_of_stage[stage_of[number]],
         )
-        if tokens_E.any()
-        else np.arange(tokens_E.size)
-        for tokens_E, number in zip(tokens_LE, layer_numbers, strict=True)
+        if loads.total(number).any()
+        else np.arange(experts)
+        for number, experts in loads.experts.items()
     ]
 
 

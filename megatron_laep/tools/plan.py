@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     ep_before = options.resolve_ep_before(args, log, default=ep_after)
     expert_map = make_expert_map(
         log.parts(args.windows),
-        log.layer_numbers,
         rules=rules,
         iteration=int(log.last_iterations[-1]),
         top_k=options.resolve_top_k(args, log),

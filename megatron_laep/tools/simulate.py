@@ -16,8 +16,8 @@ from pathlib import Path
 
 from megatron_laep.json_text import parse_json
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.loads import checked_loads
 from megatron_laep.plan.make_map import check_plan, make_expert_map
-from megatron_laep.plan.pruning import checked_loads
 from megatron_laep.records import load_log
 from megatron_laep.records.load_log import LoadLog
 from megatron_laep.settings.rules import PLACEMENTS, PruningRules
@@ -229,7 +229,6 @@ def _expert_map(
         raise ValueError(f"--ep must be at least 1, got {ranks}")
     return make_expert_map(
         log.parts(windows),
-        log.layer_numbers,
         rules=rules,
         iteration=iteration,
         top_k=shape.top_k,

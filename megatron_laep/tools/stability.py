@@ -23,14 +23,13 @@ def decisions(
     rules.validate()  # also where there is no second window to use them on
     for number in log.layer_numbers:
         rules.alpha_spec.for_layer(number)
-    windows = [log.window(index) for index in range(log.num_windows)]
+    loads = log.loads()
     ends = range(1, log.num_windows + 1)
     # Shows from the third second on, and only where somebody looks.
     progress = tqdm(ends, desc="windows", delay=2, disable=None, file=sys.stderr)
     return [
         decide(
-            windows[max(0, end - thresholds.patience - 1) : end],
-            log.layer_numbers,
+            loads.windows(max(0, end - thresholds.patience - 1), end),
             iteration=int(log.last_iterations[end - 1]),
             rules=rules,
             thresholds=thresholds,

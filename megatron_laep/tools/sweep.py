@@ -15,6 +15,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import fewest_kept, make_expert_map
 from megatron_laep.plan.summary import ModelSize, PruningSummary, scaled, summarize
 from megatron_laep.records.load_log import LoadLog
@@ -54,8 +55,7 @@ class SweepRow:
 
 
 def sweep(
-    loads: Sequence,
-    layer_numbers: Sequence[int],
+    loads: Loads,
     combinations: Sequence[tuple[PruningRules, int]],
     *,
     iteration: int,
@@ -76,7 +76,6 @@ def sweep(
         ranks_before = expert_parallel_size_before or ranks
         expert_map = make_expert_map(
             loads,
-            layer_numbers,
             rules=rules,
             iteration=iteration,
             top_k=top_k,
@@ -173,7 +172,6 @@ def run(args: argparse.Namespace) -> int:
     size = options.model_size(args)
     rows = sweep(
         log.parts(args.windows),
-        log.layer_numbers,
         combinations,
         iteration=int(log.last_iterations[-1]),
         top_k=options.resolve_top_k(args, log),

@@ -10,35 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laep.plan.expert_map import ExpertMap
-from megatron_laep.plan.make_map import check_counts, check_plan, make_expert_map
+from megatron_laep.plan.make_map import check_counts, check_plan
 from megatron_laep.plan.placement import rank_loads
 from megatron_laep.settings.rules import PruningRules
+from tests.support.plans import planned
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "expert_loads_tiny.json").read_text())
 LOADS = [10, 0, 5, 100, 30, 5, 40, 10]  # the layer of test_pruning.py
-
-
-def plan(
-    loads_LE,
-    layer_numbers=None,
-    *,
-    before=2,
-    after=2,
-    top_k=2,
-    stages=None,
-    windows=False,
-    **settings_,
-):
-    return make_expert_map(
-        loads_LE,
-        layer_numbers or range(1, len(loads_LE[0] if windows else loads_LE) + 1),
-        rules=PruningRules(**settings_),
-        iteration=50,
-        top_k=top_k,
-        expert_parallel_size_before=before,
-        expert_parallel_size_after=after,
-        stages=stages,
-    )
 
 
 def test_hand_worked():
@@ -48,8 +26,8 @@ def test_hand_worked():
     3 -> A; 6 -> B; 4 -> B (70); 0 -> B (80, full); 7 and 5 -> A (115). No placement is better: with
     two others, the hottest one makes 115 at least.
     """
-    assert plan([LOADS], [9]).layer(9).kept == (3, 7, 5, 6, 4, 0)
-    one = plan([LOADS], [9], placement="greedy")
+    assert planned([LOADS], [9]).layer(9).kept == (3, 7, 5, 6, 4, 0)
+    one = planned([LOADS], [9], placement="greedy")
     assert one.layer(9).kept == (3, 7, 5, 6, 4, 0)
     assert one.layer(9).experts_per_rank == (3, 3)
     assert one.layer(9).pruned == (1, 2)
@@ -60,19 +38,19 @@ def test_hand_worked():
 
 
 def test_without_placement_the_order_stays():
-    assert plan([LOADS], placement="none").layer(1).kept == (0, 3, 4, 5, 6, 7)
+    assert planned([LOADS], placement="none").layer(1).kept == (0, 3, 4, 5, 6, 7)
 
 
 def test_default_multiple_is_the_new_expert_parallel_size():
-    assert plan([LOADS], before=8, after=1).layer(1).experts_after == 5
-    assert plan([LOADS], before=8, after=4).layer(1).experts_after == 8
-    assert plan([LOADS], before=8, after=4).expert_multiple == 4
-    assert plan([LOADS], before=8, after=1, expert_multiple=4).layer(1).experts_after == 8
+    assert planned([LOADS], before=8, after=1).layer(1).experts_after == 5
+    assert planned([LOADS], before=8, after=4).layer(1).experts_after == 8
+    assert planned([LOADS], before=8, after=4).expert_multiple == 4
+    assert planned([LOADS], before=8, after=1, expert_multiple=4).layer(1).experts_after == 8
 
 
 def test_alpha_of_each_layer():
     # alpha 0.19 prunes only the idle expert 1; one EP rank, so there is no rounding
-    one = plan([LOADS] * 3, [2, 4, 5], after=1, alpha="0.19:1-3,0.4:4,inf:5-6")
+    one = planned([LOADS] * 3, [2, 4, 5], after=1, alpha="0.19:1-3,0.4:4,inf:5-6")
     assert one.layer(2).pruned == (1,)
     assert one.layer(4).pruned == (1, 2, 5)
     assert one.layer(5).pruned == (1, 2, 5)
@@ -83,7 +61,7 @@ def test_alpha_of_each_layer():
 )
 def test_never_fewer_than_routing_and_ranks_need(top_k, after, expected):
     # all tokens on one expert: the rule itself would leave only that one
-    one = plan([[0, 0, 0, 9, 0, 0, 0, 0]], top_k=top_k, after=after, alpha="inf", beta=1.0)
+    one = planned([[0, 0, 0, 9, 0, 0, 0, 0]], top_k=top_k, after=after, alpha="inf", beta=1.0)
     assert one.layer(1).experts_after == expected
     assert 3 in one.layer(1).kept
 
@@ -105,7 +83,7 @@ def test_every_plan_keeps_its_promises(
 ):
     after, multiple = sizes
     stages = {number: number // 3 for number in range(1, len(loads) + 1)}
-    one = plan(
+    one = planned(
         loads,
         after=after,
         top_k=top_k,
@@ -140,14 +118,14 @@ def test_every_plan_keeps_its_promises(
 
 def test_rows_in_another_order_give_the_same_map():
     rows = np.array(RECORDED["tokens"][6])
-    one = plan(rows, [1, 2, 3, 4])
-    assert plan(rows, [1, 2, 3, 4]).hash == one.hash
-    assert plan(rows[::-1], [4, 3, 2, 1]) == one
-    assert plan(rows.tolist(), [1, 2, 3, 4]) == one
+    one = planned(rows, [1, 2, 3, 4])
+    assert planned(rows, [1, 2, 3, 4]).hash == one.hash
+    assert planned(rows[::-1], [4, 3, 2, 1]) == one
+    assert planned(rows.tolist(), [1, 2, 3, 4]) == one
 
 
 def test_layers_with_different_numbers_of_experts():
-    one = plan([LOADS, [5, 5, 5, 5]], placement="greedy")
+    one = planned([LOADS, [5, 5, 5, 5]], placement="greedy")
     assert [item.experts_before for item in one.layers] == [8, 4]
     assert one.layer(2).kept == (0, 2, 1, 3)
 
@@ -155,18 +133,18 @@ def test_layers_with_different_numbers_of_experts():
 def test_windows_are_summed_for_pruning_and_seen_by_the_placement():
     """Experts 0 and 1 are busy in one window, 2 and 3 in the other: the sums do not tell."""
     windows = [[[6, 6, 0, 0]], [[0, 0, 6, 6]]]
-    one = plan(windows, windows=True)
+    one = planned(windows, windows=True)
     assert one.layer(1).loads == (6, 6, 6, 6)
     assert sorted(one.layer(1).kept[:2]) in ([0, 2], [0, 3], [1, 2], [1, 3])
-    assert plan(np.array(windows), windows=True) == one
+    assert planned(np.array(windows), windows=True) == one
     tokens = RECORDED["tokens"][-4:]
-    split, together = plan(tokens, windows=True), plan(np.sum(tokens, axis=0))
+    split, together = planned(tokens, windows=True), planned(np.sum(tokens, axis=0))
     assert [set(x.kept) for x in split.layers] == [set(x.kept) for x in together.layers]
     assert [x.loads for x in split.layers] == [x.loads for x in together.layers]
     with pytest.raises(ValueError, match="layer 1: the windows have loads of 3 and 4 experts"):
-        plan([[[1, 2, 3, 4]], [[1, 2, 3]]], windows=True)
+        planned([[[1, 2, 3, 4]], [[1, 2, 3]]], windows=True)
     with pytest.raises(ValueError, match="layer 1: the load of expert 1 is negative"):
-        plan([[[1, 2, 3, 4]], [[1, -2, 3, 4]]], windows=True)
+        planned([[[1, 2, 3, 4]], [[1, -2, 3, 4]]], windows=True)
 
 
 class TestUneven:
@@ -175,10 +153,10 @@ class TestUneven:
 
         Alone, the hottest one would have 100 tokens, against 90: but that is 1 expert against 4.
         """
-        one = plan([LOADS], expert_multiple=1, max_experts_per_rank_spread=3)
+        one = planned([LOADS], expert_multiple=1, max_experts_per_rank_spread=3)
         assert one.layer(1).kept == (6, 4, 0, 7, 3)
         assert one.layer(1).experts_per_rank == (4, 1)
-        one = plan([LOADS], expert_multiple=1)
+        one = planned([LOADS], expert_multiple=1)
         assert one.layer(1).experts_per_rank == (3, 2)
         assert set(one.layer(1).kept[3:]) in ({3, 0}, {3, 7})
         assert one.expert_multiple == 1
@@ -186,24 +164,24 @@ class TestUneven:
     def test_a_rank_may_hold_none_of_a_layer_but_one_of_its_stage(self):
         hot = [0, 0, 0, 90, 9, 1, 0, 0]
         rule = {"alpha": "inf", "beta": 0.05, "expert_multiple": 1, "top_k": 1, "after": 4}
-        assert plan([hot], **rule).layer(1).experts_after == 4
+        assert planned([hot], **rule).layer(1).experts_after == 4
         # the rule keeps two; a stage of one layer needs one for each rank, of two layers half of it
         rule["allow_empty_ranks"] = True
-        assert plan([hot], **rule).layer(1).experts_per_rank == (1, 1, 1, 1)
-        two = plan([hot, hot], **rule)
+        assert planned([hot], **rule).layer(1).experts_per_rank == (1, 1, 1, 1)
+        two = planned([hot, hot], **rule)
         assert sorted(two.layer(1).experts_per_rank) == [0, 0, 1, 1]
         assert np.add(*(layer.experts_per_rank for layer in two.layers)).tolist() == [1] * 4
-        apart = plan([hot, hot], stages={1: 0, 2: 1}, **rule)
+        apart = planned([hot, hot], stages={1: 0, 2: 1}, **rule)
         assert [layer.experts_after for layer in apart.layers] == [4, 4]
 
     def test_stages_must_be_of_these_layers(self):
         with pytest.raises(ValueError, match=r"pipeline stages of layers \[2\] for \[1\]"):
-            plan([LOADS], stages={2: 0})
+            planned([LOADS], stages={2: 0})
 
 
 @pytest.mark.parametrize("window", range(len(RECORDED["tokens"])))
 def test_recorded_loads(window):
-    one = plan(RECORDED["tokens"][window], RECORDED["layer_numbers"])
+    one = planned(RECORDED["tokens"][window], RECORDED["layer_numbers"])
     for item in one.layers:
         assert 2 <= item.experts_after <= 32
         assert item.experts_after % 2 == 0
@@ -229,7 +207,7 @@ def test_recorded_loads(window):
 )
 def test_bad_loads_never_give_a_plan(row, message):
     with pytest.raises(ValueError, match=message):
-        plan([LOADS, row], [3, 6])
+        planned([LOADS, row], [3, 6])
 
 
 @pytest.mark.parametrize(
@@ -253,19 +231,19 @@ def test_bad_loads_never_give_a_plan(row, message):
 )
 def test_rules_that_cannot_be_fulfilled(settings_, message):
     with pytest.raises(ValueError, match=message):
-        plan([LOADS], [3], **settings_)
+        planned([LOADS], [3], **settings_)
 
 
 def test_rows_and_layer_numbers_must_correspond():
     with pytest.raises(ValueError, match="loads of 2 layers for 1 layer numbers"):
-        plan([LOADS, LOADS], [1])
+        planned([LOADS, LOADS], [1])
     with pytest.raises(ValueError, match="a layer occurs more than once"):
-        plan([LOADS, LOADS], [1, 1])
+        planned([LOADS, LOADS], [1, 1])
 
 
 class TestCheckPlan:
     MODEL = {"layer_numbers": [1, 2], "num_experts": 8, "top_k": 2, "expert_parallel_size": 2}
-    PLAN = plan([LOADS, LOADS])
+    PLAN = planned([LOADS, LOADS])
 
     def test_fits(self):
         check_plan(self.PLAN, **self.MODEL)
