@@ -138,7 +138,7 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
 
     Follows the tracker file, ``--ckpt-step`` and global non-persistent checkpoints, as Megatron's
     loader does. Local, also where process groups exist: ranks may see different files, and then
-    have to find out together (``Job.agree``), not hang here.
+    have to find out together (``Start.agree``), not hang here.
 
     Raises:
         ValueError: a tracker file is empty or damaged.

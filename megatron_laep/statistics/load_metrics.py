@@ -1,6 +1,6 @@
 """How the tokens of a log interval fell on ranks and experts: numbers for console, TensorBoard, W&B.
 
-Stands after ``routing_stats``: ``Job.log_loads`` hands in counts that are on the host already. Pure
+Stands after ``routing_stats``: ``Running.log_loads`` hands in counts that are on the host already. Pure
 numbers first, then the names, then the writers. The number of names is the same for 4 layers of 8
 experts and for 103 of 64: figures over all layers, and the few worst and best layers by rank, with
 their layer numbers as values.

@@ -71,12 +71,12 @@ def plan_on_rank_0(tokens_LE: list[list], laep: dict) -> str:
 
     import torch
 
-    from megatron_laep.loop.job import Job
+    from megatron_laep.loop.commit import agree_on_plan
     from megatron_laep.plan.windows import OpenWindow
     from megatron_laep.settings.config import LaepConfig
 
-    job = Job(LaepConfig(prune_iteration=10, **laep))
-    job._stats = SimpleNamespace(layer_numbers=LAYERS[: len(tokens_LE)], stages=None)
+    config = LaepConfig(prune_iteration=10, **laep)
+    stats = SimpleNamespace(layer_numbers=LAYERS[: len(tokens_LE)], stages=None)
     args = Namespace(
         expert_model_parallel_size=2,
         moe_router_topk=2,
@@ -85,7 +85,7 @@ def plan_on_rank_0(tokens_LE: list[list], laep: dict) -> str:
         num_layers=4,
     )
     seen = OpenWindow(0, 10, tokens_LE) if torch.distributed.get_rank() == 0 else None
-    return job._agree_on_plan(seen, 10, args).to_json()
+    return agree_on_plan(seen, 10, args, config, None, stats).to_json()
 
 
 GOOD_ROW = [10, 0, 5, 100, 30, 5, 40, 10]
@@ -115,14 +115,13 @@ def plan_from_file(plan: str, tokens_LE: list) -> str:
     """What the job makes of a plan that it read from a file."""
     from argparse import Namespace
 
-    from megatron_laep.loop.job import Job
+    from megatron_laep.loop.commit import agree_on_plan
     from megatron_laep.plan.windows import OpenWindow
     from megatron_laep.settings.config import LaepConfig
 
-    job = Job(LaepConfig(prune_iteration=10, plan="plan.json"))
-    job._plan = ExpertMap.from_json(plan)
+    config = LaepConfig(prune_iteration=10, plan="plan.json")
     window, args = OpenWindow(0, 10, tokens_LE), Namespace(expert_model_parallel_size=2)
-    return job._agree_on_plan(window, 10, args).to_json()
+    return agree_on_plan(window, 10, args, config, ExpertMap.from_json(plan), None).to_json()
 
 
 @pytest.mark.distributed

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from megatron_laep import ExpertMap
+from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.support.runs import LAEP, REPOSITORY, SUPPORT, RunResult, run_megatron, tiny_arguments
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.equality]
 
 WITH_STANDIN = {"PYTHONPATH": os.pathsep.join([str(SUPPORT / "te_standin"), str(REPOSITORY)])}
 ITERATIONS = 9
@@ -66,7 +67,7 @@ def assert_same_training(result: RunResult, reference: RunResult, first: int = 1
     assert losses(result) == losses(reference, first)
     for iteration, (_, norm) in result.exact.items():
         wanted = float.fromhex(reference.exact[iteration][1])
-        assert math.isclose(float.fromhex(norm), wanted, rel_tol=1e-6)
+        assert math.isclose(float.fromhex(norm), wanted, rel_tol=ORDER_OF_SUM)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from megatron_laep import ExpertMap
 from megatron_laep.records import load_log
 from megatron_laep.statistics.load_metrics import load_metrics
+from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.support.forks import in_megatron
 from tests.support.plans import planned
 from tests.support.runs import (
@@ -37,7 +38,6 @@ MASKED = (str(SUPPORT / "masked.py"),)
 
 
 def stock_flags(folder: Path, **more) -> list[str]:
-    # Top-1 for the reason given in test_permutation; the masked run's gradients have the same terms anyhow.
     return tiny_arguments(
         **{
             "expert_model_parallel_size": 2,
@@ -250,6 +250,7 @@ def test_the_metrics_of_the_training_log(run) -> None:
     assert run.result.logs[0].count(" prunable_experts=") == 3
 
 
+@pytest.mark.equality
 def test_a_job_that_does_not_prune_can_be_recorded(run, tmp_path) -> None:
     result = run_megatron(
         stock_flags(tmp_path, train_iters=4, laep_record_interval=2), 2, launcher=LAEP, timeout=240
@@ -263,6 +264,7 @@ def test_a_job_that_does_not_prune_can_be_recorded(run, tmp_path) -> None:
     ]
 
 
+@pytest.mark.equality
 def test_pruned_equals_masked(run, tmp_path) -> None:
     """Oracle 2. The pending checkpoint is an ordinary one: stock Megatron opens it as the full model."""
     folder = pending_copy(tmp_path / "masked", run)
@@ -275,9 +277,10 @@ def test_pruned_equals_masked(run, tmp_path) -> None:
         pruned_loss, pruned_norm = run.result.exact[iteration]
         assert loss == pruned_loss
         # The same squares and some zeros, summed in another order.
-        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24)
+        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=ORDER_OF_SUM)
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize(
     ("point", "resumes_after"),
     [
@@ -304,6 +307,7 @@ def test_killed_and_relaunched_with_the_same_command(run, tmp_path, point, resum
     assert ExpertMap.from_json(map_file.read_text()) == run.expert_map
 
 
+@pytest.mark.equality
 def test_exit_after_prune_and_relaunch(run, tmp_path) -> None:
     first = run_megatron(flags(tmp_path, laep_exit_after_prune=True), 2, launcher=LAEP, timeout=240)
     assert first.returncodes == [0, 0]
@@ -338,6 +342,7 @@ def test_a_pruned_checkpoint_opens_without_laep_flags(run) -> None:
     assert set(result.exact) == {ITERATIONS + 1, ITERATIONS + 2}
 
 
+@pytest.mark.equality
 def test_a_job_that_began_elsewhere_goes_on_from_its_own_folder(run, tmp_path) -> None:
     """--load and --ckpt-step belong to the first start; the same command later continues."""
     command = flags(

@@ -21,6 +21,7 @@ from megatron_laep.settings.schedule import Verdict
 from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools.report import data as report_data
 from megatron_laep.tools.stability import decisions
+from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.oracles.test_pruning_run import stock_flags
 from tests.support.exact_job import Losses, exact_job, exact_losses
 from tests.support.forks import in_megatron, on_ranks
@@ -176,6 +177,7 @@ def test_its_checkpoints_know_their_lineage(run):
     assert [step["iteration"] for step in found[-1]["prunings"]] == [first.iteration, 18]
 
 
+@pytest.mark.equality
 def test_pruned_twice_equals_masked_twice(run, tmp_path):
     """Stock Megatron goes on from the first pending checkpoint, a full model, with its experts masked."""
     first, second = run.maps
@@ -192,9 +194,10 @@ def test_pruned_twice_equals_masked_twice(run, tmp_path):
         pruned_loss, pruned_norm = run.losses[iteration]
         assert loss == pruned_loss, iteration
         # The same squares and some zeros, summed in another order.
-        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24)
+        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=ORDER_OF_SUM)
 
 
+@pytest.mark.equality
 def test_killed_again_and_again(run, tmp_path):
     """After a save inside a window that counts for the decision, and on both sides of the second commit."""
     for point, iteration, complete in (
@@ -210,6 +213,7 @@ def test_killed_again_and_again(run, tmp_path):
     run.assert_same(tmp_path, losses, after=18)
 
 
+@pytest.mark.equality
 def test_exit_after_each_pruning_and_relaunch(run, tmp_path):
     losses = {}
     for last in (run.maps[0].iteration, 18, ITERATIONS):

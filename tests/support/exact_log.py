@@ -6,7 +6,7 @@
 Megatron prints seven digits of a loss and three of a gradient norm. This appends to FILE, for each
 call of its ``training_log`` on a rank that knows the loss, one JSON line: {"iteration": 3,
 "losses": {"lm loss": "0x1.8p+2"}, "grad_norm": "0x1.0p-1"}. Megatron is not imported here, so that
-what is run may do it when it is ready.
+what is run may do it when it is ready; as soon as it is, sums get their fixed order (`fixed_order`).
 """
 
 from __future__ import annotations
@@ -81,8 +81,13 @@ class _TrainingFinder(importlib.abc.MetaPathFinder):
             exec_module = spec.loader.exec_module
 
             def exec_and_wrap(module: ModuleType) -> None:
+                from tests.support import (
+                    fixed_order,
+                )  # imports torch, which must not come before the CPU platform
+
                 exec_module(module)
                 wrap(module)
+                fixed_order.install()
                 _start_result_queue()
 
             spec.loader.exec_module = exec_and_wrap

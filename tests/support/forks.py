@@ -155,7 +155,7 @@ def _serve() -> None:
         get_write_results_queue,
     )
 
-    import megatron_laep.loop.loop_hooks  # noqa: F401
+    import megatron_laep.loop.launch  # noqa: F401
 
     get_write_results_queue()
 

@@ -105,7 +105,7 @@ def make_log() -> str:
 def write_pruning(
     folder: Path, expert_map: ExpertMap, tokens_LE: list[list[int]], window: int = 100
 ) -> Path:
-    """The three files that a job writes when it prunes (`LaepJob._report`)."""
+    """The three files that a job writes when it prunes (`loop.commit`)."""
     target = folder / "laep" / f"iter_{expert_map.iteration:07d}"
     target.mkdir(parents=True)
     loads = {
