@@ -31,6 +31,7 @@ import yaml
 from tabulate import tabulate
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.pruning import experts_to_keep
@@ -70,15 +71,12 @@ class Case:
     stages: dict[int, int] | None = None
 
     def plan(self, **settings: object) -> ExpertMap:
-        return make_expert_map(
-            Loads.of_window(self.loads_LE, range(1, len(self.loads_LE) + 1)),
-            rules=PruningRules(**{**RULE, "alpha": self.alpha, **settings}),
-            iteration=1,
-            top_k=TOP_K,
-            expert_parallel_size_before=self.ranks,
-            expert_parallel_size_after=self.ranks,
-            stages=self.stages,
+        loads = Loads.of_window(self.loads_LE, range(1, len(self.loads_LE) + 1))
+        layout = ModelLayout.of(
+            loads.experts, top_k=TOP_K, expert_parallel_size_before=self.ranks, stages=self.stages
         )
+        rules = PruningRules(**{**RULE, "alpha": self.alpha, **settings})
+        return make_expert_map(loads, layout, rules, iteration=1)
 
     def rows(self, **settings: object) -> tuple[LayerRow, ...]:
         return summarize(self.plan(**settings), None).rows

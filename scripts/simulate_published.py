@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.settings.rules import PruningRules
@@ -74,14 +75,11 @@ def main() -> int:
     draws = []
     for seed in range(arguments.seeds):
         content = generate["generate"](description, seed)
-        expert_map = make_expert_map(
-            Loads.of_window(content["tokens"], content["layer_numbers"]),
-            rules=rules,
-            iteration=0,
-            top_k=shape.top_k,
-            expert_parallel_size_before=parallelism.expert,
-            expert_parallel_size_after=parallelism.expert,
+        window = Loads.of_window(content["tokens"], content["layer_numbers"])
+        layout = ModelLayout.of(
+            window.experts, top_k=shape.top_k, expert_parallel_size_before=parallelism.expert
         )
+        expert_map = make_expert_map(window, layout, rules, iteration=0)
         loads = dict(zip(content["layer_numbers"], content["tokens"], strict=True))
         draws.append((loads, expert_map))
     rows = []

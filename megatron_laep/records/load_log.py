@@ -75,6 +75,11 @@ class LoadLog:
         """Of the last window; None where the file does not say."""
         return int(self.expert_parallel_sizes[-1]) or None
 
+    @property
+    def experts(self) -> dict[int, int]:
+        """Experts of each layer number."""
+        return dict(zip(self.layer_numbers, self.expert_counts, strict=True))
+
     def rows(self, tokens_LE: np.ndarray) -> list[np.ndarray]:
         """A padded matrix [L, E] as one array [E] for each layer, without the padding."""
         return [row[:count] for row, count in zip(tokens_LE, self.expert_counts, strict=True)]

@@ -11,7 +11,6 @@ of all layers in one row.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap, near_equal_blocks
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import kept_experts
 from megatron_laep.settings.rules import PruningRules
@@ -172,34 +172,17 @@ def blocks_of_ranks(
     return [layout.layer(number).experts_per_rank for number in expert_counts]
 
 
-def experts_kept_now(
-    loads: Loads,
-    *,
-    rules: PruningRules,
-    top_k: int,
-    expert_parallel_size_after: int,
-    stages: Mapping[int, int] | None = None,
-) -> list[np.ndarray]:
+def experts_kept_now(loads: Loads, layout: ModelLayout, rules: PruningRules) -> list[np.ndarray]:
     """For each layer, ids that would stay if the job pruned on these loads by these rules.
 
     A layer without a token keeps everything: no decision can rest on it.
     Arguments and errors otherwise: as of ``make_map.make_expert_map``.
     """
-    alpha = rules.alpha_spec
-    stage_of = stages or dict.fromkeys(loads.layer_numbers, 0)
-    layers_of_stage = Counter(stage_of.values())
     return [
-        kept_experts(
-            loads.total(number),
-            alpha.for_layer(number),
-            rules=rules,
-            top_k=top_k,
-            expert_parallel_size_after=expert_parallel_size_after,
-            layers_of_stage=layers_of_stage[stage_of[number]],
-        )
-        if loads.total(number).any()
-        else np.arange(experts)
-        for number, experts in loads.experts.items()
+        kept_experts(loads, layer, layout, rules)
+        if loads.total(layer.layer_number).any()
+        else np.arange(layer.experts)
+        for layer in layout.layers
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.summary import ModelSize
 from megatron_laep.records import load_log
 from megatron_laep.records.load_log import LoadLog
@@ -191,6 +192,21 @@ def model_size(args: argparse.Namespace) -> ModelSize | None:
             f"{args.bytes_per_parameter:g}"
         )
     return ModelSize(*given, bytes_per_expert_parameter=args.bytes_per_parameter)
+
+
+def layout(args: argparse.Namespace, log: LoadLog, expert_parallel_size_after: int) -> ModelLayout:
+    """The model that the loads are of, and the ranks that would hold it after pruning.
+
+    Of a run that does not say on how many ranks it was, that is the number before, too.
+    Errors: ValueError for what neither the file nor the arguments of ``add_windows`` say.
+    """
+    return ModelLayout.of(
+        log.experts,
+        stages=log.stages,
+        expert_parallel_size_before=resolve_ep_before(args, log, expert_parallel_size_after),
+        expert_parallel_size_after=expert_parallel_size_after,
+        top_k=resolve_top_k(args, log),
+    )
 
 
 def resolve_top_k(args: argparse.Namespace, log: LoadLog) -> int:

@@ -43,15 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if ep_after < 1:
         raise ValueError(f"--ep must be at least 1, got {ep_after}")
     rules = options.rules(args, alpha=args.alpha, beta=args.beta)
-    ep_before = options.resolve_ep_before(args, log, default=ep_after)
+    layout = options.layout(args, log, ep_after)
     expert_map = make_expert_map(
-        log.parts(args.windows),
-        rules=rules,
-        iteration=int(log.last_iterations[-1]),
-        top_k=options.resolve_top_k(args, log),
-        expert_parallel_size_before=ep_before,
-        expert_parallel_size_after=ep_after,
-        stages=log.stages,
+        log.parts(args.windows), layout, rules, iteration=int(log.last_iterations[-1])
     )
     size = options.model_size(args)
     summary = summarize(
@@ -59,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         size,
         pipeline_parallel_size=args.pipeline_parallel_size,
         stages=log.stages,
-        blocks_before=log.blocks(ep_before),
+        blocks_before=log.blocks(layout.expert_parallel_size_before),
     )
     if args.output is not None:
         options.write_text(args.output, expert_map.to_json(), options.files_of(log))

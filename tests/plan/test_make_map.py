@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laep.plan.expert_map import ExpertMap
-from megatron_laep.plan.make_map import check_counts, check_plan
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import Loads
+from megatron_laep.plan.make_map import check_counts, check_plan, make_expert_map
 from megatron_laep.plan.placement import rank_loads
 from megatron_laep.settings.rules import PruningRules
 from tests.support.plans import planned
@@ -105,15 +107,9 @@ def test_every_plan_keeps_its_promises(
         kept_loads = [item.loads[i] for i in item.kept]
         assert all(item.loads[i] <= min(kept_loads) for i in item.pruned)
         assert sum(item.loads[i] for i in item.pruned) <= beta * sum(item.loads)
-    check_plan(
-        one,
-        layer_numbers=range(1, len(loads) + 1),
-        num_experts=8,
-        top_k=top_k,
-        expert_parallel_size=after,
-        allow_empty_ranks=allow_empty_ranks,
-        stages=stages,
-    )
+    layout = ModelLayout.before(one, stages)
+    assert layout.experts == dict.fromkeys(stages, 8)
+    check_plan(one, layout, allow_empty_ranks=allow_empty_ranks)
 
 
 def test_rows_in_another_order_give_the_same_map():
@@ -242,23 +238,32 @@ def test_rows_and_layer_numbers_must_correspond():
 
 
 class TestCheckPlan:
-    MODEL = {"layer_numbers": [1, 2], "num_experts": 8, "top_k": 2, "expert_parallel_size": 2}
     PLAN = planned([LOADS, LOADS])
 
+    @staticmethod
+    def model(experts=8, layer_numbers=(1, 2), top_k=2, ranks=2, stages=None) -> ModelLayout:
+        counts = [experts] * len(layer_numbers) if isinstance(experts, int) else experts
+        return ModelLayout.of(
+            dict(zip(layer_numbers, counts, strict=True)),
+            top_k=top_k,
+            expert_parallel_size_before=8,
+            expert_parallel_size_after=ranks,
+            stages=stages,
+        )
+
     def test_fits(self):
-        check_plan(self.PLAN, **self.MODEL)
-        check_plan(self.PLAN, **{**self.MODEL, "num_experts": [8, 8]})
+        check_plan(self.PLAN, self.model())
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"layer_numbers": [1, 3]}, r"it has MoE layers \[1, 2\], the model \[1, 3\]"),
             ({"layer_numbers": [1, 2, 3]}, r"MoE layers \[1, 2\], the model \[1, 2, 3\]"),
-            ({"num_experts": 16}, "layer 1 has 8 experts in it, 16 in the model; layer 2 has 8"),
-            ({"num_experts": [8, 6]}, "another model: layer 2 has 8 experts in it, 6 in the model"),
+            ({"experts": 16}, "layer 1 has 8 experts in it, 16 in the model; layer 2 has 8"),
+            ({"experts": [8, 6]}, "another model: layer 2 has 8 experts in it, 6 in the model"),
             ({"top_k": 1}, "it is for top-k 2, the model has top-k 1"),
             (
-                {"expert_parallel_size": 4},
+                {"ranks": 4},
                 "2 expert-parallel ranks, the job has 4 after pruning: use "
                 "--laep-expert-model-parallel-size 2",
             ),
@@ -266,14 +271,12 @@ class TestCheckPlan:
     )
     def test_another_model(self, changes, message):
         with pytest.raises(ValueError, match=message) as caught:
-            check_plan(self.PLAN, **{**self.MODEL, **changes}, source="plan.json")
+            check_plan(self.PLAN, self.model(**changes), source="plan.json")
         assert str(caught.value).startswith("plan.json ")
 
     def test_all_differences_at_once(self):
         with pytest.raises(ValueError, match="MoE layers .*16 in the model.*top-k 4"):
-            check_plan(
-                self.PLAN, layer_numbers=[1], num_experts=16, top_k=4, expert_parallel_size=2
-            )
+            check_plan(self.PLAN, self.model(16, [1], top_k=4))
 
     def with_counts(self, *counts):
         layers = [
@@ -283,25 +286,37 @@ class TestCheckPlan:
         return dataclasses.replace(self.PLAN, layers=tuple(layers))
 
     def test_uneven_ranks(self):
-        check_plan(self.with_counts((5, 1), (2, 4)), **self.MODEL)
+        check_plan(self.with_counts((5, 1), (2, 4)), self.model())
         with pytest.raises(ValueError, match="rank 1 no expert of layer 2: .*allow-empty-ranks"):
-            check_plan(self.with_counts((3, 3), (6, 0)), **self.MODEL)
+            check_plan(self.with_counts((3, 3), (6, 0)), self.model())
 
     def test_ranks_without_an_expert(self):
-        empty, model = self.with_counts((3, 3), (0, 6)), {**self.MODEL, "allow_empty_ranks": True}
-        check_plan(empty, **model)
-        check_plan(empty, **model, stages={1: 4, 2: 4})
+        empty = self.with_counts((3, 3), (0, 6))
+        check_plan(empty, self.model(), allow_empty_ranks=True)
+        check_plan(empty, self.model(stages={1: 4, 2: 4}), allow_empty_ranks=True)
         message = r"rank 0 no expert of any of the layers \[2\] of a pipeline stage"
         with pytest.raises(ValueError, match=message):
-            check_plan(empty, **model, stages={1: 0, 2: 1})
+            check_plan(empty, self.model(stages={1: 0, 2: 1}), allow_empty_ranks=True)
 
 
 def test_rules_that_a_pruned_model_cannot_fulfil():
-    counts, stages = {1: 8, 2: 5}, {1: 0, 2: 0}
-    sizes = {"top_k": 2, "expert_parallel_size_after": 4, "stages": stages}
-    check_counts(counts, rules=PruningRules(expert_multiple=1), **sizes)
+    layout = ModelLayout.of({1: 8, 2: 5}, top_k=2, expert_parallel_size_before=4)
+    check_counts(layout, PruningRules(expert_multiple=1))
     with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are not a mult"):
-        check_counts(counts, rules=PruningRules(), **sizes)
+        check_counts(layout, PruningRules())
+    layout = dataclasses.replace(layout, expert_parallel_size_after=6)
     with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are too few"):
-        sizes["expert_parallel_size_after"] = 6
-        check_counts(counts, rules=PruningRules(expert_multiple=1), **sizes)
+        check_counts(layout, PruningRules(expert_multiple=1))
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({1: 8, 2: 8}, r"loads of layers \[1\] for a model with MoE layers \[1, 2\]"),
+        ({1: 16}, "layer 1 has loads of 8 experts, the model has 16"),
+    ],
+)
+def test_loads_of_another_model(experts, message):
+    layout = ModelLayout.of(experts, top_k=2, expert_parallel_size_before=2)
+    with pytest.raises(ValueError, match=message):
+        make_expert_map(Loads.of_window([LOADS], [1]), layout, PruningRules(), iteration=1)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.settings.rules import PruningRules
@@ -27,12 +28,11 @@ def planned(
     """
     numbers = layer_numbers or range(1, len(tokens[0] if windows else tokens) + 1)
     loads = Loads.of_windows(tokens, numbers) if windows else Loads.of_window(tokens, numbers)
-    return make_expert_map(
-        loads,
-        rules=PruningRules(**rules),
-        iteration=iteration,
+    layout = ModelLayout.of(
+        loads.experts,
         top_k=top_k,
         expert_parallel_size_before=before,
         expert_parallel_size_after=after,
         stages=stages,
     )
+    return make_expert_map(loads, layout, PruningRules(**rules), iteration=iteration)
