@@ -12,7 +12,8 @@ The folder, in the order in which a run passes through it:
   whole run in a file, and its reader.
 * ``stability``, ``pruning``, ``placement``, ``balancing``, ``stage_placement``, ``planning``,
   ``expert_map``, ``summary``: the pure part, loads in and an expert map out; numpy only.
-* ``lineage``, ``checkpoint``, ``optimizer_state``: maps inside the checkpoint, loading through one.
+* ``lineage``, ``checkpoint``, ``optimizer_state``, ``upstream_bugs``: maps inside the checkpoint, loading
+  through one, and the repairs that this takes, each only where Megatron shows that it needs it.
 * ``training``, ``job``, ``parallel``: the hooks in Megatron's loop, the state machine that they
   drive, the rebuild; with ``hooks``, ``events`` (log lines), ``agreement`` (rank 0 decides) and
   ``model_size``.

@@ -97,6 +97,11 @@ class Job:
             or self.expert_map is not None
         )
 
+    @property
+    def prunes(self) -> bool:
+        """Whether a pruning is still to come; known once the arguments are checked."""
+        return bool(self._legs)
+
     # -- before the model is built -------------------------------------------------------------
 
     def start(self, args: Namespace, *, rebuilt_hash: str | None, can_rebuild: bool) -> None:

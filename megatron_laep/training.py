@@ -11,7 +11,8 @@ checkpoint exactly as a relaunch after a crash would::
     before iterations -> Job.begin     counters
     each iteration   -> Job.end_iteration; when it is time to prune Job.prune, then Rebuild
 
-The loop itself is Megatron's; what is hooked, and why, is the list in ``_hooks``.
+The loop itself is Megatron's; what is hooked, and why, is the list in ``_hooks``. Repairs of its
+bugs, hooked only where a bug was shown, are those in ``upstream_bugs``.
 """
 
 import sys
@@ -27,13 +28,12 @@ from megatron.training import training as megatron_training
 from megatron.training.async_utils import maybe_finalize_async_save
 
 from megatron_laep import config as laep_config
-from megatron_laep import events, parallel
+from megatron_laep import events, parallel, upstream_bugs
 from megatron_laep.checkpoint import allow_pruned_checkpoints
 from megatron_laep.config import LaepConfig
 from megatron_laep.hooks import Hook, HookSet
 from megatron_laep.job import Job, Rebuild
 from megatron_laep.moe_layer import LaepMoELayer, set_layer_counts
-from megatron_laep.optimizer_state import ranges_without_padding
 
 
 class _Session:
@@ -41,6 +41,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.hooks = HookSet()
+        self.upstream = upstream_bugs.Findings()
         self.config: LaepConfig | None = None
         self.job: Job | None = None
         self.inside_run = False
@@ -56,7 +57,8 @@ def install(config: LaepConfig | None = None) -> None:
 
     Call it before the training script parses its arguments and builds its layer specs, and run
     the training inside ``run``. While no ``--laep-*`` flag or config asks for pruning, and no pruned
-    checkpoint is loaded, the hooks change nothing.
+    checkpoint is loaded, the hooks change nothing but what would end in an error of Megatron's
+    (``upstream_bugs``: ``--help``, loading the state of fp32 parameters).
 
     Args:
         config: the settings; None takes them from the command line, where the ``--laep-*`` flags
@@ -68,7 +70,9 @@ def install(config: LaepConfig | None = None) -> None:
     """
     if config is not None:
         config.validate()
-    _session.hooks.apply(_hooks())
+    upstream = upstream_bugs.ask_megatron()
+    _session.hooks.apply(_hooks() + upstream.hooks(lambda: _active_job() is not None))
+    _session.upstream = upstream
     _session.config = config
     allow_pruned_checkpoints()
     events.show_on_console()
@@ -153,12 +157,6 @@ def _hooks() -> list[Hook]:
             "write the checkpoint with the map with one key for each layer",
         ),
         Hook(
-            "megatron.core.optimizer.distrib_optimizer:"
-            "DistributedOptimizer.sharded_param_state_fully_reshardable",
-            _fully_reshardable_state,
-            "cut optimizer state out of the right places of padded gradient buffers",
-        ),
-        Hook(
             f"{loop}:setup_model_and_optimizer",
             _setup_model_and_optimizer,
             "agree on the map before the model is built, and start counting after",
@@ -185,11 +183,7 @@ def _hooks() -> list[Hook]:
 def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
-        for action in parser._actions:
-            # megatron-core 0.19 takes this text from a docstring, with a bare percent sign, on which
-            # argparse fails for --help. Goes away with NVIDIA/Megatron-LM pull request 6211.
-            if "--moe-paged-stash-buffer-size-factor-cuda" in action.option_strings:
-                action.help = action.help.replace("10%)", "10%%)")
+        upstream_bugs.mend_help(parser, _session.upstream)
         return laep_config.add_arguments(parser)
 
     return add_megatron_arguments
@@ -219,6 +213,9 @@ def _validate_args(original):
         job.start(args, rebuilt_hash=_session.committed_hash, can_rebuild=_session.inside_run)
         result = original(args, *more, **named)
         job.check(args)
+        if job.active:
+            _session.upstream.check(args, prunes=job.prunes)
+            events.log("upstream_repairs", **_session.upstream.fields)
         _session.job = job
         return result
 
@@ -274,16 +271,6 @@ def _build_metadata(original):
         return metadata
 
     return build_sharded_state_dict_metadata
-
-
-def _fully_reshardable_state(original):
-    def sharded_param_state_fully_reshardable(self, *more, **named):
-        if _active_job() is None:
-            return original(self, *more, **named)
-        with ranges_without_padding(self.buffers):
-            return original(self, *more, **named)
-
-    return sharded_param_state_fully_reshardable
 
 
 def _setup_model_and_optimizer(original):
