@@ -95,7 +95,7 @@ class Findings:
     @property
     def fields(self) -> dict[str, str]:
         """For the log line at the start of a job."""
-        found = {"active": ",".join(self.present) or "none", "megatron": megatron.core.__version__}
+        found = {"active": ",".join(self.present) or "none", "megatron": _version()}
         return found | ({"cannot_tell": ",".join(self.unknown)} if self.unknown else {})
 
     def check(self, args: Namespace, *, prunes: bool) -> None:
@@ -112,9 +112,14 @@ class Findings:
             if bug.name in self.unknown and args.save and bug.at_stake(args, prunes):
                 raise ValueError(
                     f"--use-distributed-optimizer: whether {bug.effect} cannot be found out with "
-                    f"megatron-core {megatron.core.__version__} ({self.unknown[bug.name]}), so this job "
+                    f"megatron-core {_version()} ({self.unknown[bug.name]}), so this job "
                     f"might write checkpoints that are of no use; {bug.remedy}"
                 )
+
+
+def _version() -> str:
+    # Without the commit that Megatron adds: that of the repository that the job was started in.
+    return megatron.core.__version__.partition("+")[0]
 
 
 def ask_megatron() -> Findings:
@@ -311,16 +316,33 @@ def _fp32_state() -> bool:
     return True
 
 
+class _OnDevice(torch.nn.Parameter):
+    """Says that it is on a device, of which this process has not chosen one yet."""
+
+    def type(self, *more, **named):
+        return "torch.cuda.FloatTensor"
+
+
 def _load_fp32(load: Callable[[Any, dict], None]) -> None:
     """Loads with Megatron's method, or a repaired one; CannotTell unless every value arrives."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    # As the constructor does it for fp32: what the optimizer steps on is a view of the parameter.
-    own = parameter.view(-1)[0:2]
-    optimizer = _bare_optimizer([own])
+    from megatron.core.optimizer.distrib_optimizer import Range
+
+    parameter = _OnDevice(torch.zeros(2))
+    optimizer = _bare_optimizer([])
+    dtypes = (torch.float32, torch.float32)
+    optimizer.gbuf_ranges = [{dtypes: [{"param_map": {parameter: {"param": Range(0, 2)}}}]}]
+    # What the optimizer steps on is made by Megatron: where it detaches that, there is no bug.
+    group = {"params": [parameter], "orig_group": {}}
+    optimizer._build_model_and_main_param_groups(
+        optimizer.gbuf_ranges, {parameter: (0, dtypes, 0)}, [group], optimizer.config
+    )
+    (own,) = group["orig_group"]["params"]
+    optimizer.optimizer = SimpleNamespace(
+        param_groups=[group["orig_group"]],
+        state={own: {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}},
+    )
     optimizer.model_param_group_index_map = {parameter: (0, 0)}
     optimizer.per_bucket_numel_unpadded = [{}]
-    dtypes = (torch.float32, torch.float32)
-    optimizer.gbuf_ranges = [{dtypes: [{"param_map": {parameter: {}}}]}]
     values = {
         "param": torch.tensor([1.0, 2.0]),
         "exp_avg": torch.tensor([3.0, 4.0]),
@@ -398,13 +420,13 @@ BUGS = (
     ),
     Bug(
         name="fp32_state",
-        upstream="none known",
+        upstream="NVIDIA/Megatron-LM pull request 7013 would mend it on the way",
         effect="a checkpoint of fp32 parameters in the format dp_reshardable cannot be loaded again",
         shown_by="load_parameter_state_from_dp_reshardable on one fp32 parameter: a view of a leaf "
         "that requires grad is written in place",
         repair="the method runs without autograd, as its siblings for other formats do; in every "
         "job, since it only lets loads succeed that would end in that error",
-        until="the method is decorated with torch.no_grad in all supported versions",
+        until="all supported versions load without autograd, or step on detached parameters",
         at_stake=lambda args, prunes: (
             args.use_distributed_optimizer
             and not args.dist_ckpt_optim_fully_reshardable

@@ -32,9 +32,13 @@ METHODS = {
 # -- what runs where Megatron is -------------------------------------------------------------------
 
 
-def loses_state(bug: str) -> bool:
+def loses_state(bug: str, change: str = "") -> bool:
     """Whether a real optimizer that is saved and loaded goes on otherwise than one that is not. One process."""
     start()
+    if change:
+        from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+        CHANGES[change](DistributedOptimizer, bug)
     how = {
         # Even alone, a rank pads its buckets to a multiple of 64 elements; the norms have 16.
         "padded_buckets": {"bucket_size": 1000},
@@ -136,6 +140,22 @@ def correct(cls: type, bug: str) -> None:
     cls.sharded_param_state_fully_reshardable = right
 
 
+def detach(cls: type, bug: str) -> None:
+    """The other way not to have the bug: the optimizer steps on what autograd does not know."""
+    original = cls._build_model_and_main_param_groups.__func__
+
+    def build(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config):
+        groups = original(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+        for group_range in opt_group_ranges:
+            group = group_range["orig_group"]
+            group["params"] = [parameter.detach() for parameter in group["params"]]
+        for position, shards in enumerate(groups[3]):
+            shards[:] = opt_group_ranges[position]["orig_group"]["params"][: len(shards)]
+        return groups
+
+    cls._build_model_and_main_param_groups = classmethod(build)
+
+
 def remove(cls: type, bug: str) -> None:
     delattr(cls, METHODS[bug])
 
@@ -162,6 +182,7 @@ def break_otherwise(cls: type, bug: str) -> None:
 
 CHANGES = {
     "corrected": correct,
+    "detached": detach,
     "removed": remove,
     "returns nothing": return_nothing,
     "broken otherwise": break_otherwise,
@@ -223,9 +244,12 @@ def test_the_probe_tells_the_truth(bug):
     assert in_megatron(repaired_state, bug).result() is False
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_nothing_is_touched_on_a_megatron_that_is_right(bug):
-    present, unknown, hooked = in_megatron(findings, "corrected", bug).result()
+@pytest.mark.parametrize(
+    "change, bug", [*(("corrected", bug) for bug in BUGS), ("detached", "fp32_state")]
+)
+def test_nothing_is_touched_on_a_megatron_that_is_right(change, bug):
+    assert in_megatron(loses_state, bug, change).result() is False
+    present, unknown, hooked = in_megatron(findings, change, bug).result()
     (other,) = set(BUGS) - {bug}
     assert present == [other]
     assert unknown == {}
