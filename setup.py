@@ -69,7 +69,7 @@ if __name__ == "__main__":
         long_description_content_type="text/markdown",
         license="Apache-2.0",
         packages=find_packages(include=["megatron_laep", "megatron_laep.*"]),
-        package_data={"megatron_laep.tools": ["report_page/*"]},
+        package_data={"megatron_laep.tools.report": ["page/*"]},
         python_requires=">=3.12",
         entry_points={"console_scripts": ["laep = megatron_laep.tools.__main__:main"]},
         install_requires=INSTALL_REQUIRES,

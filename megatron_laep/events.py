@@ -1,13 +1,19 @@
-"""Log lines of the package: one ``key=value`` line for an event, on rank 0 only, no barriers."""
+"""What ranks tell people and each other: log lines of rank 0, and its decisions, which every rank follows.
+
+A line is ``key=value`` for an event, written without a barrier. ``on_rank_0`` is the one collective.
+"""
 
 import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 _LOGGER = logging.getLogger("megatron_laep")
 _FRAME = "*" * 100
@@ -60,3 +66,31 @@ def timed(event: str, **fields: object) -> Iterator[None]:
     start = time.perf_counter()
     yield
     log(event, **fields, seconds=round(time.perf_counter() - start, 3))
+
+
+@contextlib.contextmanager
+def failure_is_logged(**fields: object) -> Iterator[None]:
+    """Around what is written for people: where it fails, the job goes on, and a line says so."""
+    try:
+        yield
+    except OSError as error:
+        # The training is worth more than its record.
+        log("record_failed", **fields, error=error)
+
+
+def on_rank_0(decide: Callable[[], _T]) -> _T:
+    """The value that ``decide`` returns on rank 0, on every rank; it can be pickled. A collective.
+
+    Raises:
+        ValueError: on all ranks, if ``decide`` raised one.
+    """
+    outcome: list = [None, None]
+    if is_rank_0():
+        try:
+            outcome[0] = decide()
+        except ValueError as error:
+            outcome[1] = str(error)
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]

@@ -1,4 +1,4 @@
-"""JSON that may be damaged: every way to be no JSON becomes one sentence.
+"""JSON that may be damaged, read; and written whole or not at all. Every way to be no JSON becomes one sentence.
 
 Under everything that reads a file which somebody may have cut off, edited or mixed up: maps, logs
 of loads, the files of a run.
@@ -7,6 +7,7 @@ of loads, the files of a run.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,3 +43,11 @@ def read_json(path: Path, what: str = "this", parse_constant: Refuse | None = No
     except UnicodeDecodeError:
         raise ValueError(f"{what} is neither JSON nor a log of loads (loads-*.bin)") from None
     return parse_json(text, what, parse_constant)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a file for people and tools beside the checkpoint: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

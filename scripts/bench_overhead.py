@@ -132,7 +132,7 @@ class Counting:
     def __init__(self, model: list) -> None:
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
-        from megatron_laep.moe_layer import LaepMoELayer, find_layers
+        from megatron_laep.mcore.moe_layer import LaepMoELayer, find_layers
 
         self._class = LaepMoELayer
         self._routes = {False: MoELayer.route, True: LaepMoELayer.route}
@@ -161,9 +161,9 @@ class Dispatcher:
     def __init__(self, model: list) -> None:
         from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-        from megatron_laep.moe_layer import find_layers
-        from megatron_laep.slot_table import SlotTable
-        from megatron_laep.token_dispatcher import DISPATCHERS
+        from megatron_laep.mcore.moe_layer import find_layers
+        from megatron_laep.mcore.slot_table import SlotTable
+        from megatron_laep.mcore.token_dispatcher import DISPATCHERS
 
         self.layers = find_layers(model)
         self._dispatchers = []
@@ -238,9 +238,10 @@ def measure_parts(subject: Counting | Dispatcher, options: argparse.Namespace) -
     On ranks without a MoE layer the part is missing.
     """
     import torch
+    from megatron.core import parallel_state
     from megatron.training import get_args
 
-    from megatron_laep.routing_stats import RoutingStats
+    from megatron_laep.statistics.routing_stats import RoutingStats
 
     def seconds(function: Callable, *arguments: object) -> float:
         torch.cuda.synchronize()
@@ -251,7 +252,10 @@ def measure_parts(subject: Counting | Dispatcher, options: argparse.Namespace) -
 
     args = get_args()
     layers = subject.layers
-    stats = RoutingStats(layers)
+    stats = RoutingStats(
+        {number: layer.laep_tokens_per_expert for number, layer in layers.items()},
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+    )
     start_LE = stats.snapshot()
     readings = [seconds(stats.advance, start_LE) for _ in range(50)]
     parts: dict[str, Any] = {"reading": _quartiles(np.array(readings))}
@@ -281,7 +285,7 @@ def describe(model: list, options: argparse.Namespace) -> dict[str, Any]:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
 
-    from megatron_laep.validation import moe_layer_numbers
+    from megatron_laep.mcore.arguments import moe_layer_numbers
 
     args = get_args()
     return {

@@ -30,12 +30,12 @@ import numpy as np
 import yaml
 from tabulate import tabulate
 
-from megatron_laep import load_log
-from megatron_laep.config import LaepConfig
-from megatron_laep.expert_map import ExpertMap
-from megatron_laep.planning import make_expert_map
-from megatron_laep.pruning import experts_to_keep
-from megatron_laep.summary import LayerRow, scaled, summarize
+from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.make_map import make_expert_map
+from megatron_laep.plan.pruning import experts_to_keep
+from megatron_laep.plan.summary import LayerRow, scaled, summarize
+from megatron_laep.records import load_log
+from megatron_laep.settings.config import LaepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"

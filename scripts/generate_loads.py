@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_laep.alpha import AlphaSpec
-from megatron_laep.pruning import experts_to_keep
+from megatron_laep.plan.pruning import experts_to_keep
+from megatron_laep.settings.rules import AlphaSpec
 
 DISPERSIONS = np.round(np.arange(0.05, 8.0, 0.05), 2)
 MAX_DRAWS = 200

@@ -18,16 +18,16 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
-from megatron_laep.config import LaepConfig
-from megatron_laep.cost_inputs import (
+from megatron_laep.plan.make_map import make_expert_map
+from megatron_laep.settings.config import LaepConfig
+from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
     Parallelism,
     full_placements,
     pruned_placements,
 )
-from megatron_laep.cost_model import calibrate, estimate
-from megatron_laep.planning import make_expert_map
+from megatron_laep.simulate.cost_model import calibrate, estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "configs" / "yuan3-ultra-103l-64e-1515b.yaml"

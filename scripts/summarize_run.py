@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from megatron_laep.training_log import (
+from megatron_laep.records.training_log import (
     TrainingLog,
     mean_between,
     median_milliseconds,

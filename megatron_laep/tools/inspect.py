@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from megatron_laep import load_log
-from megatron_laep.expert_map import ExpertMap
 from megatron_laep.json_text import read_json
-from megatron_laep.load_log import LoadLog
-from megatron_laep.load_recorder import FORMAT
+from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.records import load_log
+from megatron_laep.records.load_format import FORMAT
+from megatron_laep.records.load_log import LoadLog
 from megatron_laep.tools import options
 
 _TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, in the folder of --save
@@ -105,7 +105,7 @@ def _describe_checkpoint(path: Path) -> dict[str, object]:
         # Megatron warns about every optional library that this machine does not have.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from megatron_laep.tools.checkpoint_facts import describe_checkpoint
+            from megatron_laep.mcore.checkpoint_facts import describe_checkpoint
     except ImportError as error:
         raise ValueError(
             f"{path} is a checkpoint, and to read one torch and Megatron-Core are needed "

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_laep import load_log
-from megatron_laep.config import PLACEMENTS, LaepConfig
-from megatron_laep.load_log import LoadLog
-from megatron_laep.summary import ModelSize
+from megatron_laep.plan.summary import ModelSize
+from megatron_laep.records import load_log
+from megatron_laep.records.load_log import LoadLog
+from megatron_laep.settings.config import PLACEMENTS, LaepConfig
 
 _DEFAULTS = LaepConfig()
 # bf16 weight, fp32 gradient, fp32 master weight and two fp32 Adam moments, shared with nobody.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_laep.config import LaepConfig
-from megatron_laep.planning import make_expert_map
-from megatron_laep.summary import summarize
+from megatron_laep.plan.make_map import make_expert_map
+from megatron_laep.plan.summary import summarize
+from megatron_laep.settings.config import LaepConfig
 from megatron_laep.tools import options
 
 

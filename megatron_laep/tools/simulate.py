@@ -14,21 +14,21 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_laep import load_log
-from megatron_laep.config import PLACEMENTS, LaepConfig
-from megatron_laep.cost_inputs import (
+from megatron_laep.json_text import parse_json
+from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.make_map import check_plan, make_expert_map
+from megatron_laep.plan.pruning import checked_loads
+from megatron_laep.records import load_log
+from megatron_laep.records.load_log import LoadLog
+from megatron_laep.settings.config import PLACEMENTS, LaepConfig
+from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
     Parallelism,
     full_placements,
     pruned_placements,
 )
-from megatron_laep.cost_model import calibrate, estimate
-from megatron_laep.expert_map import ExpertMap
-from megatron_laep.json_text import parse_json
-from megatron_laep.load_log import LoadLog
-from megatron_laep.planning import check_plan, make_expert_map
-from megatron_laep.pruning import checked_loads
+from megatron_laep.simulate.cost_model import calibrate, estimate
 
 VARIANTS = ("full", "pruned", "pruned and rearranged")
 

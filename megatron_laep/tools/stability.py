@@ -9,9 +9,10 @@ from dataclasses import fields
 from tabulate import tabulate
 from tqdm import tqdm
 
-from megatron_laep.config import AlphaSpec, LaepConfig
-from megatron_laep.load_log import LoadLog
-from megatron_laep.stability import StabilityDecision, StabilityThresholds, decide
+from megatron_laep.plan.stability import StabilityDecision, decide
+from megatron_laep.records.load_log import LoadLog
+from megatron_laep.settings.config import AlphaSpec, LaepConfig
+from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools import options
 
 

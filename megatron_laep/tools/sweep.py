@@ -14,11 +14,11 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from megatron_laep.config import LaepConfig
-from megatron_laep.expert_map import ExpertMap
-from megatron_laep.load_log import LoadLog
-from megatron_laep.planning import fewest_kept, make_expert_map
-from megatron_laep.summary import ModelSize, PruningSummary, scaled, summarize
+from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.make_map import fewest_kept, make_expert_map
+from megatron_laep.plan.summary import ModelSize, PruningSummary, scaled, summarize
+from megatron_laep.records.load_log import LoadLog
+from megatron_laep.settings.config import LaepConfig
 from megatron_laep.tools import options
 
 

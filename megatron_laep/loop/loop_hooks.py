@@ -1,0 +1,333 @@
+"""The hooks in Megatron's loop: what is replaced, why, and what it does with the session.
+
+The loop itself is Megatron's. A run passes by here in this order::
+
+    arguments parsed  -> start.find     which checkpoint, which map
+    arguments checked -> Start.checked  are the flags sound, what is still to be pruned
+    model built       -> set_layer_counts, if there is a map
+    checkpoint load   -> Start.loading  through the map, if it is pending
+    before iterations -> Running        counters
+    each iteration    -> Running.end_iteration; when it is time to prune commit, then Rebuild
+
+Repairs of Megatron's bugs are not here but in ``mcore.upstream_bugs``: hooked only where a bug was shown.
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from types import SimpleNamespace
+
+import torch
+from megatron.training import get_args, global_vars
+from megatron.training import training as megatron_training
+from megatron.training.async_utils import maybe_finalize_async_save
+
+from megatron_laep import events
+from megatron_laep.loop import commit
+from megatron_laep.loop.job import Running
+from megatron_laep.loop.session import Rebuild, session
+from megatron_laep.loop.start import find
+from megatron_laep.mcore.checkpoint import ENTRY
+from megatron_laep.mcore.hooks import Hook
+from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
+from megatron_laep.mcore.rebuild import release
+from megatron_laep.mcore.upstream_bugs import mend_help
+from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
+from megatron_laep.settings import config as laep_config
+from megatron_laep.settings.config import LaepConfig
+
+
+def hooks() -> list[Hook]:
+    """What ``install`` replaces in Megatron, in this order."""
+    loop = "megatron.training.training"
+    return [
+        Hook(
+            "megatron.training.arguments:add_megatron_arguments",
+            _add_arguments,
+            "show the --laep flags; scripts own their extra_args_provider",
+        ),
+        Hook(
+            "megatron.training.arguments:parse_args",
+            _parse_args,
+            "refuse --laep flags that a YAML file would drop",
+        ),
+        Hook(
+            "megatron.training.arguments:validate_args",
+            _validate_args,
+            "find the checkpoint's map before the groups and the model are built",
+        ),
+        Hook(
+            "megatron.core.models.gpt.moe_module_specs:MoELayer",
+            lambda original: LaepMoELayer,
+            "put the counting layer into every GPT layer spec",
+        ),
+        Hook(
+            "megatron.core.transformer.transformer_block:TransformerBlock._build_layers",
+            _build_layers,
+            "give each layer its own experts, whoever made the config",
+        ),
+        Hook(f"{loop}:load_checkpoint", _load_checkpoint, "load through the map"),
+        Hook(
+            "megatron.training.checkpointing:generate_state_dict",
+            _generate_state_dict,
+            "put the map into the checkpoint",
+        ),
+        Hook(
+            "megatron.training.checkpointing:_build_sharded_state_dict_metadata",
+            _build_metadata,
+            "write the checkpoint with the map with one key for each layer",
+        ),
+        Hook(
+            f"{loop}:setup_model_and_optimizer",
+            _setup_model_and_optimizer,
+            "agree on the map before the model is built, and start counting after",
+        ),
+        Hook(f"{loop}:training_log", _training_log, "log the loads at the log interval"),
+        Hook(
+            f"{loop}:report_theoretical_memory",
+            _report_theoretical_memory,
+            "not print a memory estimate that is wrong for uneven layers",
+        ),
+        Hook(
+            f"{loop}:checkpoint_and_decide_exit",
+            _checkpoint_and_decide_exit,
+            "act at the end of an iteration, where Megatron saves",
+        ),
+        Hook(
+            "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
+            _update_router_expert_bias,
+            "update expert biases of layers with different expert counts",
+        ),
+    ]
+
+
+def _add_arguments(original):
+    def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
+        parser = original(parser)
+        mend_help(parser, session.upstream)
+        return laep_config.add_arguments(parser)
+
+    return add_megatron_arguments
+
+
+def _parse_args(original):
+    def parse_args(*more, **named):
+        args = original(*more, **named)
+        given = [word for word in sys.argv[1:] if word.startswith("--laep-")]
+        if args.yaml_cfg is not None and (given or session.config is not None):
+            raise ValueError(
+                f"--yaml-cfg {args.yaml_cfg} replaces the command line, and with it "
+                f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
+            )
+        # A YAML job does not pass by validate_args, so it could not follow a pruned checkpoint's map.
+        allow_pruned_checkpoints(args.yaml_cfg is None)
+        return args
+
+    return parse_args
+
+
+def _validate_args(original):
+    def validate_args(args: Namespace, *more, **named):
+        if session.config is not None:
+            vars(args).update(session.config.to_arguments())
+        start = find(
+            args,
+            LaepConfig.from_arguments(args),
+            rebuilt_hash=session.committed_hash,
+            can_rebuild=session.inside_run,
+        )
+        vars(args).update(start.changes)
+        result = original(args, *more, **named)
+        start = start.checked(args)
+        if start.active:
+            session.upstream.check(args, prunes=bool(start.legs))
+            events.log("upstream_repairs", **session.upstream.fields)
+        session.begin(start)
+        return result
+
+    return validate_args
+
+
+def _build_layers(original):
+    def build_layers(self):
+        start = session.active_start
+        if start is not None and start.expert_map is not None:
+            set_layer_counts(self.config, start.layout())
+        return original(self)
+
+    return build_layers
+
+
+def _load_checkpoint(original):
+    def load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *more, **named):
+        start = session.active_start
+        if start is None:
+            return original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
+        with start.loading(ddp_model, get_args()):
+            result = original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
+        start.check_loaded(result[0])
+        session.loaded = True
+        return result
+
+    return load_checkpoint
+
+
+def _generate_state_dict(original):
+    def generate_state_dict(*more, iteration=None, **named):
+        state_dict = original(*more, iteration=iteration, **named)
+        # Megatron builds the same dict when it loads; only a save has an iteration.
+        if session.active_start is not None and iteration is not None:
+            state_dict[ENTRY] = session.record(iteration).to_entry()
+        return state_dict
+
+    return generate_state_dict
+
+
+def _build_metadata(original):
+    def build_sharded_state_dict_metadata(*more, **named):
+        metadata = original(*more, **named)
+        if session.running is not None and session.running.committing:
+            metadata["non_homogeneous_layers"] = True
+        return metadata
+
+    return build_sharded_state_dict_metadata
+
+
+def _setup_model_and_optimizer(original):
+    def setup_model_and_optimizer(*more, **named):
+        if session.start is None and session.config is not None and session.config.enabled:
+            raise ValueError(
+                "megatron_laep.install(config) asks for a pruning, but the script has not called "
+                "megatron.training.arguments.parse_and_validate_args, where LAEP finds its "
+                "checkpoint; parse the arguments with it"
+            )
+        start = session.active_start
+        if start is None:
+            return original(*more, **named)
+        start.agree()
+        state = start.record.map_state if start.record is not None else None
+        with events.timed("build", experts=start.expert_total(), map_state=state):
+            result = original(*more, **named)
+        if start.pending and not session.loaded:
+            raise ValueError(
+                f"{start.source}: the model was built for the pending map "
+                f"{start.lineage.steps[-1].short_hash}, but no checkpoint was loaded through it; "
+                "give --load"
+            )
+        session.running = Running(start, result[0], get_args())
+        session.committed_hash = None
+        return result
+
+    return setup_model_and_optimizer
+
+
+def _training_log(original):
+    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *more, **named):
+        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *more, **named)
+        if session.running is not None and iteration % get_args().log_interval == 0:
+            session.running.log_loads(
+                iteration,
+                get_args(),
+                tensorboard=global_vars.get_tensorboard_writer(),
+                wandb=global_vars.get_wandb_writer(),
+            )
+        return result
+
+    return training_log
+
+
+def _report_theoretical_memory(original):
+    def report_theoretical_memory(*more, **named):
+        if not _pruned():
+            return original(*more, **named)
+        events.log(
+            "theoretical_memory_skipped",
+            reason="Megatron's estimate assumes one expert count for all layers",
+        )
+
+    return report_theoretical_memory
+
+
+def _pruned() -> bool:
+    """Whether the model that is built has other expert counts than Megatron's arguments say."""
+    start = session.active_start
+    return start is not None and start.expert_map is not None
+
+
+def _checkpoint_and_decide_exit(original):
+    def checkpoint_and_decide_exit(
+        model,
+        optimizer,
+        opt_param_scheduler,
+        iteration,
+        num_floating_point_operations_so_far,
+        checkpointing_context,
+        train_data_iterator,
+    ):
+        running = session.running
+
+        def step(context=checkpointing_context):
+            return original(
+                model,
+                optimizer,
+                opt_param_scheduler,
+                iteration,
+                num_floating_point_operations_so_far,
+                context,
+                train_data_iterator,
+            )
+
+        def save(context=checkpointing_context):
+            megatron_training.save_checkpoint_and_time(
+                iteration,
+                model,
+                optimizer,
+                opt_param_scheduler,
+                num_floating_point_operations_so_far,
+                context,
+                train_data_iterator=train_data_iterator,
+            )
+
+        if running is None or not running.end_iteration(iteration):
+            return step()
+
+        # A save plan that was cached for the job's other checkpoints would not fit this one.
+        context = {
+            key: value for key, value in checkpointing_context.items() if key != "save_strategy"
+        }
+        maybe_finalize_async_save(blocking=True)
+        committed = commit.commit(
+            running,
+            iteration,
+            model,
+            get_args(),
+            step=lambda: step(context),
+            save=lambda: save(context),
+        )
+        if committed.should_exit or running.config.exit_after_prune:
+            events.log("exit_after_commit", iteration=iteration)
+            return True
+        writer = global_vars.get_tensorboard_writer()
+        if writer:
+            writer.close()
+        running.close()
+        raise Rebuild(committed.expert_map.hash, release(model))
+
+    return checkpoint_and_decide_exit
+
+
+def _update_router_expert_bias(original):
+    def update_router_expert_bias(model, *more, **named):
+        if not _pruned():
+            return original(model, *more, **named)
+        # Megatron stacks the vectors of all layers, which needs one length. Layers of one length
+        # at a time, in the order of first appearance, the same on all ranks of a stage. Each call
+        # gets a stand-in for a model chunk: all that the function asks of one is modules().
+        routers: dict[int, list[torch.nn.Module]] = {}
+        for chunk in model:
+            for module in chunk.modules():
+                if getattr(module, "expert_bias", None) is not None:
+                    routers.setdefault(module.expert_bias.numel(), []).append(module)
+        for same_length in routers.values():
+            original([SimpleNamespace(modules=lambda found=same_length: found)], *more, **named)
+
+    return update_router_expert_bias

@@ -1,0 +1,319 @@
+"""The expert map inside the checkpoint, and loading through it.
+
+A checkpoint of a LAEP job is an ordinary Megatron checkpoint with one more entry, the *record*:
+
+========== ======================== ================================= ==========================
+map state  weights are in           a relaunch builds                 and loads
+========== ======================== ================================= ==========================
+none       original numbers         the full model                    as usual
+pending    the numbers before       the pruned model                  through the map
+applied    the map's new numbers    the pruned model                  as usual
+========== ======================== ================================= ==========================
+
+The rebuild inside a running job is a relaunch in the same process, so there is one path. The record
+holds the maps of all prunings (``lineage``); the state is that of the last one, whose old numbers
+are those of the model that the others left. The checkpoint with the first pending map is complete
+without this package: stock Megatron opens it as the full model, the way back out. Later ones are
+not, and stock Megatron refuses them: see ``PrunedCheckpoint``.
+"""
+
+import contextlib
+import dataclasses
+import os
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.training import checkpointing
+
+from megatron_laep.mcore.moe_layer import LaepMoELayer
+from megatron_laep.mcore.optimizer_state import (
+    adapt_common_state,
+    complete_common_state,
+    complete_loaded_state,
+)
+from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.lineage import Lineage
+from megatron_laep.plan.windows import OpenWindow
+from megatron_laep.pruned_checkpoint import PrunedCheckpoint
+
+ENTRY = "megatron_laep"
+PENDING = "pending"
+APPLIED = "applied"
+_RECORD_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says about LAEP.
+
+    Attributes:
+        lineage: the prunings of the model, the pending one included.
+        map_state: ``"pending"`` or ``"applied"``, of the last of them; None while there is none.
+        window: counts so far of the window of loads that the checkpoint was written in.
+        ended: the windows before that one, oldest first, as many as a decision on stability needs.
+        declined: iterations at which the job was to be pruned, and was not since the loads were not
+            stable (--laep-require-stable).
+        inherited: the first so many prunings are of another job, from which this one took the
+            weights; their iterations mean nothing here.
+        iteration: of the checkpoint. Not stored: read from where Megatron keeps it.
+        is_laep: whether a LAEP job wrote the checkpoint; False gives a record without map.
+    """
+
+    lineage: Lineage = Lineage()
+    map_state: str | None = None
+    window: OpenWindow | None = None
+    ended: tuple[OpenWindow, ...] = ()
+    declined: tuple[int, ...] = ()
+    inherited: int = 0
+    iteration: int = 0
+    is_laep: bool = True
+
+    @property
+    def pruned_at(self) -> tuple[int, ...]:
+        """The iterations of this job's prunings."""
+        return tuple(step.iteration for step in self.lineage.steps[self.inherited :])
+
+    def starting_over(self) -> "Record":
+        """For a job that takes only the weights: its iterations count from 0 again."""
+        inherited = len(self.lineage.steps)
+        return dataclasses.replace(
+            self, iteration=0, window=None, ended=(), declined=(), inherited=inherited
+        )
+
+    def to_entry(self) -> dict | PrunedCheckpoint:
+        """The value that goes into the checkpoint's common state; plain Python values."""
+        record = {
+            "version": _RECORD_VERSION,
+            "lineage": [step.to_json() for step in self.lineage.steps],
+            "inherited": self.inherited,
+            "map_state": self.map_state,
+            "window": dataclasses.asdict(self.window) if self.window else None,
+            "ended": [dataclasses.asdict(window) for window in self.ended],
+            "declined": list(self.declined),
+        }
+        original_numbers = len(self.lineage.steps) == (self.map_state == PENDING)
+        return record if original_numbers else PrunedCheckpoint(record)
+
+    @staticmethod
+    def from_common_state(common_state: dict, where: str) -> "Record":
+        """Reads the record out of a checkpoint's common state.
+
+        Raises:
+            ValueError: the record is of another version, or its maps do not match their hashes.
+        """
+        iteration = common_state.get("iteration", 0)
+        entry = common_state.get(ENTRY)
+        if entry is None:
+            return Record(iteration=iteration, is_laep=False)
+        record = entry.record if isinstance(entry, PrunedCheckpoint) else entry
+        if record["version"] != _RECORD_VERSION:
+            raise ValueError(
+                f"{where}: its LAEP record has version {record['version']}, this megatron_laep reads "
+                f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
+            )
+        window = record["window"]
+        try:
+            lineage = Lineage(tuple(map(ExpertMap.from_json, record["lineage"])))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return Record(
+            lineage=lineage,
+            map_state=record["map_state"],
+            window=OpenWindow(**window) if window else None,
+            ended=tuple(OpenWindow(**ended) for ended in record["ended"]),
+            declined=tuple(record["declined"]),
+            inherited=record["inherited"],
+            iteration=iteration,
+        )
+
+
+def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
+    """The checkpoint that Megatron would load from ``folder``, or None where it would start anew.
+
+    Follows the tracker file, ``--ckpt-step`` and global non-persistent checkpoints, as Megatron's
+    loader does. Local, also where process groups exist: ranks may see different files, and then
+    have to find out together (``Start.agree``), not hang here.
+
+    Raises:
+        ValueError: a tracker file is empty or damaged.
+    """
+    if folder is None:
+        return None
+    candidates: list[tuple[int, str]] = []
+    tracked = _tracked_iteration(folder)
+    iteration, release = tracked or (-1, False)
+    if args.ckpt_step:
+        iteration = args.ckpt_step
+    if iteration >= 0:
+        name = checkpointing.get_checkpoint_name(folder, iteration, release, return_base_dir=True)
+        # --ckpt-step also finds a checkpoint that no tracker file names.
+        if tracked or os.path.isdir(name):
+            candidates.append((iteration, name))
+    if args.non_persistent_ckpt_type == "global":
+        temporary = args.non_persistent_global_ckpt_dir or os.path.join(
+            folder, checkpointing._NON_PERSISTENT_CKPT_SUBDIR
+        )
+        tracked = _tracked_iteration(temporary)
+        if tracked:
+            name = checkpointing.get_checkpoint_name(temporary, tracked[0], return_base_dir=True)
+            candidates.append((tracked[0], name))
+    if not candidates:
+        return None
+    # The later entry wins a tie: Megatron prefers the non-persistent one.
+    return Path(max(reversed(candidates), key=lambda candidate: candidate[0])[1])
+
+
+def _tracked_iteration(folder: str) -> tuple[int, bool] | None:
+    """What a folder's tracker file names: (iteration, is a release); None without the file.
+
+    Megatron's reader leaves the process with exit code 0 at an empty file, which a scheduler takes
+    for success; and Megatron's writer leaves an empty file if it is killed while it writes.
+    """
+    if not checkpointing.checkpoint_exists(folder):
+        return None
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
+    text = tracker.read_text().strip()
+    if text == "release":
+        return 0, True
+    if text.isdecimal():
+        return int(text), False
+    raise ValueError(
+        f"{tracker}: got {text!r}, wanted the iteration of the latest checkpoint; a job that is "
+        "killed while it writes this file leaves it empty. Write the iteration of the newest complete "
+        "checkpoint folder beside it (one with a metadata.json) into the file"
+    )
+
+
+def read_record(checkpoint: Path | None) -> Record | None:
+    """The record of a checkpoint folder; None where there is no (distributed) checkpoint.
+
+    Local: reads a few kilobytes, needs no process group. A checkpoint that LAEP did not write gives
+    a record without map.
+    """
+    if checkpoint is None or not dist_checkpointing.check_is_distributed_checkpoint(
+        str(checkpoint)
+    ):
+        return None
+    common_state = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    return Record.from_common_state(common_state, where=str(checkpoint))
+
+
+@contextlib.contextmanager
+def overridden(args: Namespace, **values: object) -> Iterator[None]:
+    """Sets arguments for the time of a block."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+def commit_point_arguments(args: Namespace) -> contextlib.AbstractContextManager:
+    """Arguments under which the checkpoint with the pending map is written, whatever the job's are.
+
+    Fully reshardable, since it will be read by another model on other groups; synchronous, since
+    the job goes on only when it is complete; not from a cached plan, since its layout differs from
+    the job's other checkpoints; persistent only, since it is what every relaunch starts from.
+    """
+    return overridden(
+        args,
+        dist_ckpt_optim_fully_reshardable=True,
+        async_save=False,
+        ckpt_assume_constant_structure=False,
+        non_persistent_save_interval=None,
+    )
+
+
+@contextlib.contextmanager
+def loading_through(
+    expert_map: ExpertMap, layers: dict[int, LaepMoELayer], args: Namespace
+) -> Iterator[None]:
+    """While open, ``load_checkpoint`` reads a checkpoint with old numbers into the pruned model.
+
+    Args:
+        expert_map: the pending map, in the numbers of the checkpoint's weights.
+        layers: this rank's MoE layers by layer number, built for the map.
+
+    Raises:
+        ValueError: layers and map do not belong together, on any rank.
+    """
+    _check_coverage(expert_map, layers)
+    for number, layer in layers.items():
+        layer.read_through = expert_map.layer(number)
+    try:
+        # Megatron's check wants every stored shard to be read by somebody; pruned experts are left
+        # unread on purpose. That all that must be read is read was checked above, and that it is
+        # there is checked by the loader, key by key and shape by shape: not, however, under those
+        # values of --dist-ckpt-strictness that leave out what is missing.
+        with overridden(
+            args,
+            ckpt_load_validate_sharding_integrity=False,
+            dist_ckpt_strictness="assume_ok_unexpected",
+        ):
+            yield
+    finally:
+        for layer in layers.values():
+            layer.read_through = None
+
+
+def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> None:
+    """Every expert that the map keeps is held by exactly one EP rank of each replica."""
+    held = {
+        number: [expert_map.layer(number).kept[new] for new in layer.local_expert_indices]
+        for number, layer in layers.items()
+    }
+    ranks: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, held)
+    for layer_map in expert_map.layers:
+        copies = Counter(old for rank in ranks for old in rank.get(layer_map.layer_number, ()))
+        replicas = max(copies.values(), default=0)
+        if replicas == 0 or copies != {old: replicas for old in layer_map.kept}:
+            raise ValueError(
+                f"layer {layer_map.layer_number}: the ranks of the job would load the old experts "
+                f"{sorted(copies)}, the map keeps "
+                f"{sorted(layer_map.kept)}, each once in every replica; the model was not built for "
+                f"the map {expert_map.short_hash}"
+            )
+
+
+@contextlib.contextmanager
+def adapting_optimizer_state() -> Iterator[None]:
+    """While open, optimizer state loads that was saved by optimizers of other parameters.
+
+    By chained ones into a single one, and the reverse; by a rank 0 without parameters of one of them.
+    """
+    load, load_common = dist_checkpointing.load, serialization.load_common_state_dict
+
+    def adapted_load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
+        wanted = sharded_state_dict.get("optimizer")
+
+        def adapted_common(*common_args, **common_kwargs):
+            common_state = load_common(*common_args, **common_kwargs)
+            if wanted and common_state.get("optimizer"):
+                complete_common_state(common_state["optimizer"])
+                common_state["optimizer"] = adapt_common_state(common_state["optimizer"], wanted)
+            return common_state
+
+        serialization.load_common_state_dict = adapted_common
+        try:
+            loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        finally:
+            serialization.load_common_state_dict = load_common
+        # With some values of --dist-ckpt-strictness, also lists of keys.
+        state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
+        if state_dict.get("optimizer"):
+            complete_loaded_state(state_dict["optimizer"])
+        return loaded
+
+    dist_checkpointing.load = adapted_load
+    try:
+        yield
+    finally:
+        dist_checkpointing.load = load

@@ -1,0 +1,128 @@
+"""What ``laep inspect`` says about a checkpoint: the one part that needs torch and Megatron.
+
+Reads the metadata only, no weights, and needs neither a GPU nor a process group.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_laep.mcore import checkpoint
+from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
+
+_EXPERT = re.compile(r"\.mlp\.experts\.experts\.")
+_ROUTER = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?mlp\.router\.weight$")
+_OPTIMIZER = re.compile(r"^(optimizer\.|chained_\d+\.)")
+
+
+def describe_checkpoint(path: Path) -> dict[str, object]:
+    """The facts of a torch_dist checkpoint, JSON-able.
+
+    ``map_state`` is "none", "pending" or "applied" (``megatron_laep.mcore.checkpoint`` has the table),
+    ``prunings`` all that the model has behind it, oldest first. A layer's
+    ``experts_in_checkpoint`` is what the weights are of, ``experts_in_model`` what a job builds
+    that loads it, ``lineage`` the original model's ids of those.
+    Errors: ValueError if it is not a complete torch_dist checkpoint.
+    """
+    if not (path / ".metadata").exists():
+        raise ValueError(
+            f"{path} is not a complete checkpoint of format torch_dist: it has no file .metadata"
+        )
+    allow_pruned_checkpoints()
+    try:
+        with warnings.catch_warnings():
+            # That torch.distributed is not initialised: it need not be.
+            warnings.simplefilter("ignore")
+            metadata = FileSystemReader(path).read_metadata()
+            _check_complete(path, metadata)
+            record = checkpoint.read_record(path)
+    # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception
+    # that is no Exception.
+    except (Exception, CheckpointException) as error:
+        if type(error) is ValueError:  # a sentence of ours
+            raise
+        raise ValueError(
+            f"{path} is damaged: its .metadata or metadata.json cannot be read "
+            f"({type(error).__name__})"
+        ) from None
+    if record is None:
+        raise ValueError(f"{path} is not a distributed checkpoint of Megatron-Core")
+    entries = metadata.state_dict_metadata
+    shapes = {key: tuple(entry.size) for key, entry in entries.items() if hasattr(entry, "size")}
+    weights = {key: shape for key, shape in shapes.items() if not _OPTIMIZER.match(key)}
+    expert_parameters = sum(_numel(s) for key, s in weights.items() if _EXPERT.search(key))
+    parameters = sum(map(_numel, weights.values()))
+    experts = _experts(weights)
+    expert_map = record.lineage.composed
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "iteration": record.iteration,
+        "written_by_laep_job": record.is_laep,
+        "map_state": record.map_state or "none",
+        "lineage": list(record.lineage.hashes),
+        "prunings": record.lineage.describe(),
+        "window": None
+        if record.window is None
+        else f"iterations {record.window.start + 1} to {record.window.end} counted",
+        "parameters": parameters,
+        "expert_parameters": expert_parameters,
+        "other_parameters": parameters - expert_parameters,
+        "bytes_on_disk": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "layers": [
+            {
+                "layer_number": number,
+                "experts_in_checkpoint": count,
+                "experts_in_model": expert_map.layer(number).experts_after if expert_map else count,
+                "experts_before": expert_map.layer(number).experts_before if expert_map else count,
+                "lineage": list(expert_map.layer(number).kept)
+                if expert_map
+                else list(range(count)),
+            }
+            for number, count in sorted(experts.items())
+        ],
+    }
+
+
+def _check_complete(path: Path, metadata: Metadata) -> None:
+    """ValueError unless every file of tensors is there, and as long as the metadata needs it."""
+    ends: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        name, end = stored.relative_path, stored.offset + stored.length
+        ends[name] = max(ends.get(name, 0), end)
+    for name, end in sorted(ends.items()):
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size < end:
+            found = "is not there" if size is None else f"has {size} bytes"
+            raise ValueError(
+                f"{path} is not complete: {name} {found}, its metadata needs {end} bytes of it"
+            )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def _experts(shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
+    """Experts of each MoE layer by Megatron's number, from the routers' weights.
+
+    A checkpoint with one layout for all layers stacks them: [L, E, H] instead of [E, H] each.
+    """
+    experts = {}
+    for key, shape in shapes.items():
+        match = _ROUTER.match(key)
+        if match and match[1] is not None:
+            experts[int(match[1]) + 1] = shape[0]
+        elif match:
+            experts.update({number: shape[1] for number in range(1, shape[0] + 1)})
+    return experts

@@ -1,0 +1,200 @@
+"""The drop-in MoE layer: counts tokens per expert, holds any number of them on a rank, and can be read
+from a checkpoint through a map.
+
+``LaepMoELayer`` stands wherever Megatron's layer specs name ``MoELayer``; it is one, so every
+``isinstance`` test passes. ``set_layer_counts`` gives each layer its own experts on each rank.
+"""
+
+import copy
+from dataclasses import replace
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_laep.mcore.sharding import place_entries
+from megatron_laep.mcore.slot_table import SlotTable
+from megatron_laep.mcore.token_dispatcher import DISPATCHERS
+from megatron_laep.plan.expert_map import ExpertMap, LayerMap
+
+
+class LaepMoELayer(MoELayer):
+    """Megatron's ``MoELayer`` plus a token count for each expert.
+
+    Attributes:
+        laep_tokens_per_expert: int64 [E], on the layer's device: tokens that *this rank* has routed
+            to each expert of the layer since the model was built, in training passes only. It only
+            ever grows; windows are differences of it (``routing_stats``). Not saved.
+        read_through: while set, ``sharded_state_dict`` describes where the layer's tensors lie in a
+            checkpoint that still has the old numbering; see ``checkpoint``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection=None,
+        **named,
+    ) -> None:
+        table = getattr(config, "laep_slot_table", None)
+        if table is None or table.full:
+            super().__init__(config, submodules, layer_number, pg_collection, **named)
+            self._table = None
+        else:
+            pg_collection = pg_collection or get_default_pg_collection()
+            self._build_in_slots(config, submodules, layer_number, pg_collection, table, **named)
+        self.read_through: LayerMap | None = None
+        self.register_buffer(
+            "laep_tokens_per_expert",
+            torch.zeros(
+                self.config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device()
+            ),
+            persistent=False,
+        )
+
+    def _build_in_slots(
+        self, layer_config, submodules, layer_number, pg_collection, table: SlotTable, **named
+    ) -> None:
+        """Builds a layer whose ranks hold ``table``'s experts.
+
+        Megatron's constructor divides a number of experts by the ranks. It is given the slots, and
+        its router and experts are told the truth.
+        """
+        own = table.experts_on(pg_collection.ep.rank())
+
+        def build_router(*, config: TransformerConfig, **more):
+            return submodules.router(config=layer_config, **more)
+
+        def build_experts(_num_slots: int, _in_slots: TransformerConfig, **more):
+            if not own:
+                return NoExperts(layer_config)
+            return submodules.experts(len(own), layer_config, **more)
+
+        in_slots = copy.copy(layer_config)
+        in_slots.num_moe_experts = table.num_slots
+        told = replace(submodules, router=build_router, experts=build_experts)
+        super().__init__(in_slots, told, layer_number, pg_collection, **named)
+        self.config, self.submodules = layer_config, submodules
+        self.num_local_experts, self.local_expert_indices = len(own), list(own)
+        # In the place of the one that Megatron's constructor has made, which holds no buffers.
+        dispatcher = DISPATCHERS[layer_config.moe_token_dispatcher_type]
+        self.token_dispatcher = dispatcher(table, layer_config, pg_collection)
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        self._table = table
+
+    def route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None):
+        probs, routing_map = super().route(hidden_states, padding_mask)
+        # Under activation recompute the forward runs twice, first without gradients; evaluation is
+        # not training. So each token of a training step comes by here exactly once. The sum and the
+        # addition stay on the device. A replayed CUDA graph that covers the dispatcher's
+        # preprocessing leaves no map here: the addition is in the graph, then.
+        if routing_map is not None and self.training and torch.is_grad_enabled():
+            self.laep_tokens_per_expert += routing_map.sum(dim=0)
+        return probs, routing_map
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.read_through is None and self._table is None:
+            return entries
+        if sharded_offsets:
+            raise ValueError(
+                f"layer {self.layer_number}: the checkpoint stacks its layers along an axis "
+                f"(offsets {sharded_offsets}), which has no room for layers with different experts; "
+                "checkpoints of pruned models are written with one key for each layer"
+            )
+        ranks = self.ep_group.size()
+        place_entries(
+            entries,
+            prefix,
+            self.layer_number,
+            rank=self.ep_group.rank(),
+            table=self._table or SlotTable((self.num_local_experts,) * ranks),
+            read_through=self.read_through,
+        )
+        return entries
+
+
+class NoExperts(MegatronModule):
+    """Stands for the experts of a layer on a rank that holds none of them.
+
+    Gets no tokens and gives none back, but stays in the graph of both inputs: the backward pass of the
+    dispatcher has a collective for each.
+    """
+
+    num_local_experts = 0
+
+    def forward(self, hidden_states, tokens_per_expert, permuted_probs):
+        """[0, hidden], [0], [0] -> [0, hidden] and no bias."""
+        return (hidden_states * permuted_probs.unsqueeze(-1)).to(hidden_states.dtype), None
+
+    def backward_dw(self) -> None:
+        """There are no weights to delay the gradients of."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        return {}
+
+
+def set_layer_counts(config: TransformerConfig, expert_map: ExpertMap) -> None:
+    """Makes a block's config hand each layer its own experts on each rank, in place.
+
+    Args:
+        config: of the block.
+        expert_map: laid out for the expert-parallel size of the job.
+
+    ``TransformerBlock`` asks ``config.get_config_for_layer(n)`` when ``heterogeneous_block_specs`` is
+    set, and then also writes one checkpoint key for each layer. A layer's config is a shallow copy:
+    re-running ``__post_init__`` would validate, and change, values that are derived already.
+    """
+    slots = 0
+    if config.moe_token_dispatcher_type == "flex":
+        # Its back ends share buffers among the layers.
+        slots = max(max(layer.experts_per_rank) for layer in expert_map.layers)
+    tables = {
+        layer.layer_number: SlotTable(layer.experts_per_rank, min_slots=slots)
+        for layer in expert_map.layers
+    }
+
+    def get_config_for_layer(layer_number: int) -> TransformerConfig:
+        if layer_number not in tables:
+            return config
+        layer_config = copy.copy(config)
+        layer_config.num_moe_experts = tables[layer_number].num_experts
+        layer_config.laep_slot_table = tables[layer_number]
+        return layer_config
+
+    config.get_config_for_layer = get_config_for_layer
+    config.heterogeneous_block_specs = True
+
+
+def find_layers(model: list[torch.nn.Module]) -> dict[int, LaepMoELayer]:
+    """The decoder's MoE layers that live on this rank, by layer number.
+
+    Raises:
+        ValueError: a MoE layer is not the drop-in, so its tokens would go uncounted.
+    """
+    layers = {}
+    for chunk in model:
+        for name, module in chunk.named_modules():
+            if isinstance(module, LaepMoELayer):
+                layers[module.layer_number] = module
+            elif isinstance(module, MoELayer):
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}, wanted megatron_laep's LaepMoELayer: its "
+                    "layer spec was made before megatron_laep.install(), or does not take MoELayer "
+                    "from megatron.core.models.gpt.moe_module_specs; install first, or name "
+                    "megatron_laep.mcore.moe_layer.LaepMoELayer in the spec"
+                )
+    return dict(sorted(layers.items()))
+
+
+def token_counters(model: list[torch.nn.Module]) -> dict[int, torch.Tensor]:
+    """The counters of this rank's MoE layers by layer number: int64 [E], on the device, growing.
+
+    Raises:
+        ValueError: as ``find_layers``.
+    """
+    return {number: layer.laep_tokens_per_expert for number, layer in find_layers(model).items()}

@@ -1,0 +1,1 @@
+"""Loads in, expert map out: stability, pruning, placement. Pure functions on numpy values; no torch."""

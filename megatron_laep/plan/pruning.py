@@ -1,0 +1,138 @@
+"""LAEP Algorithm 1: which experts of a layer go.
+
+Second step of the plan: `make_map` hands in one layer's loads, `placement` then orders the experts
+that stay. Pure functions, exact integer arithmetic, the same answer on every machine.
+
+Shape suffixes: E experts of the layer before pruning.
+
+Source: LAEP (arXiv 2601.14327), Algorithm 1. Ours: the order of ties (lower id is less busy), the
+rounding up to a multiple, the minimum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_laep.checks import exact_decimal
+
+_INT64_MAX = np.iinfo(np.int64).max
+
+
+def checked_loads(loads_E: object) -> np.ndarray:
+    """Loads as an int64 array [E] of tokens per expert, if a decision can rest on them.
+
+    Errors: ValueError for another shape than one dimension, no experts, another type than integers
+    (counts are integers, so a float comes from a mistake on the way), NaN, negative counts, all
+    zero, or a sum beyond int64.
+    """
+    return checked_windows([loads_E])[0]
+
+
+def checked_windows(loads_WE: Sequence[object]) -> np.ndarray:
+    """Loads of several windows as int64 [W, E], if a decision can rest on their sum.
+
+    A window may be without tokens.
+    Errors: ValueError as `checked_loads`, or if the windows have different numbers of experts.
+    """
+    rows = [_checked_row(loads_E) for loads_E in loads_WE]
+    sizes = {row.size for row in rows}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the windows have loads of {' and '.join(map(str, sorted(sizes)))} experts: they are "
+            "of different models"
+        )
+    total = sum(sum(row.tolist()) for row in rows)  # Python integers: this sum cannot overflow
+    if total == 0:
+        raise ValueError(
+            f"the loads of all {rows[0].size} experts are zero: no token was counted in the window"
+        )
+    if total > _INT64_MAX:
+        raise ValueError(f"the loads sum to {total}, more than 64-bit integers hold")
+    return np.array([row.astype(np.int64) for row in rows])
+
+
+def _checked_row(loads_E: object) -> np.ndarray:
+    try:
+        loads = np.asarray(loads_E)
+    except ValueError:
+        raise ValueError("loads must be one list of token counts, got lists of lists") from None
+    if loads.ndim != 1 or loads.size == 0:
+        raise ValueError(
+            f"loads must be one token count for each expert, got an array of shape {loads.shape}"
+        )
+    if loads.dtype.kind == "f" and np.isnan(loads).any():
+        raise ValueError(f"the load of expert {int(np.isnan(loads).argmax())} is NaN")
+    if loads.dtype.kind not in "iu":
+        raise ValueError(f"loads must be integer token counts, got values of type {loads.dtype}")
+    if loads.min() < 0:
+        raise ValueError(f"the load of expert {int(loads.argmin())} is negative: {loads.min()}")
+    return loads
+
+
+def experts_to_prune(loads_E: object, *, alpha: float, beta: float) -> np.ndarray:
+    """Algorithm 1 as printed: ids of the experts that the rule prunes, least busy first.
+
+    loads_E: tokens per expert [E], integers (see `checked_loads`).
+    alpha: >= 0 or inf. Individual constraint: an expert goes only if load <= alpha * mean(loads).
+    beta: 0 to 1. Cumulative constraint: the experts that go are a prefix, by ascending load (ties:
+        lower id first), whose summed load stays *strictly below* beta * sum(loads). So beta = 0
+        prunes nothing, not even experts without a token, and the busiest expert always stays.
+
+    Returns: int64 ids, ordered by (load, id).
+    Errors: ValueError for unusable loads, or alpha or beta out of range.
+    """
+    loads = checked_loads(loads_E)
+    if not alpha >= 0:  # also true for NaN
+        raise ValueError(f"alpha must be a number >= 0 or inf, got {alpha}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be within 0 and 1, got {beta}")
+    total = int(loads.sum())
+    order = np.argsort(loads, kind="stable")
+    # For integers, x < b is x <= ceil(b) - 1, and x <= b is x <= floor(b).
+    cumulative_bound = math.ceil(exact_decimal(beta) * total) - 1
+    individual_bound = total
+    if not math.isinf(alpha):
+        mean_times_alpha = exact_decimal(alpha) * total / loads.size
+        individual_bound = min(total, math.floor(mean_times_alpha))
+    sorted_loads = loads[order]
+    num_cumulative = np.searchsorted(np.cumsum(sorted_loads), cumulative_bound, side="right")
+    num_individual = np.searchsorted(sorted_loads, individual_bound, side="right")
+    return order[: min(num_cumulative, num_individual)].astype(np.int64)
+
+
+def experts_to_keep(
+    loads_E: object, *, alpha: float, beta: float, multiple: int, minimum: int
+) -> np.ndarray:
+    """Algorithm 1, rounded up: ids of the experts that stay.
+
+    The number that the rule keeps is raised to `minimum` and then up to a multiple of `multiple`;
+    the busiest of the experts that the rule would have pruned stay for it (the last ones by
+    ascending (load, id)).
+
+    loads_E, alpha, beta: as in `experts_to_prune`.
+    multiple: the number of kept experts is a multiple of it; E must be one too.
+    minimum: at least so many stay (top-k, one for each expert-parallel rank); at most E.
+
+    Returns: int64 ids, ascending.
+    Errors: ValueError as in `experts_to_prune`, or if E cannot fulfil `multiple` or `minimum`.
+    """
+    pruned = experts_to_prune(loads_E, alpha=alpha, beta=beta)
+    num_experts = len(loads_E)
+    for name, value in (("multiple", multiple), ("minimum", minimum)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if num_experts % multiple:
+        raise ValueError(
+            f"{num_experts} experts are not a multiple of {multiple}, so the number that stays "
+            f"cannot always be rounded up to one: use a divisor of {num_experts}"
+        )
+    if minimum > num_experts:
+        raise ValueError(f"at least {minimum} experts must stay, but there are only {num_experts}")
+    num_kept = max(num_experts - len(pruned), minimum)
+    num_kept = -(-num_kept // multiple) * multiple
+    stays = np.ones(num_experts, dtype=bool)
+    stays[pruned[: num_experts - num_kept]] = False
+    return np.flatnonzero(stays).astype(np.int64)

@@ -1,0 +1,1 @@
+"""The files that a run leaves: for each one writer, one reader, one format name and version. numpy and json; no torch."""

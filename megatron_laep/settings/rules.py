@@ -1,0 +1,120 @@
+"""The individual constraint's factor alpha, one number or one for each range of layers.
+
+What `--laep-alpha` says; `config` checks it, `make_map` and `stability` ask it for each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AlphaRange:
+    """`alpha` for the layers `first` to `last` (Megatron's 1-based numbers, both ends included)."""
+
+    alpha: float
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.alpha:g}:{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class AlphaSpec:
+    """The individual constraint's factor alpha_l, for each layer: one number for all, or ranges
+    (`ranges` is () then).
+
+    Made by `parse`. Ranges speak of Megatron's layer numbers 1 to num_layers, dense layers
+    included: a dense layer inside a range is fine (it has no experts), a number that the model does
+        not have is not.
+    """
+
+    uniform: float | None
+    ranges: tuple[AlphaRange, ...] = ()
+
+    @staticmethod
+    def parse(text: str) -> AlphaSpec:
+        """The value of a text such as "0.4" or "0.2:1-10,0.4:11-93,0.2:94-103".
+
+        "inf" leaves the decision to beta alone; "0.2:7" is a range of one layer.
+        Errors: ValueError for junk, negative or NaN alpha, reversed or overlapping ranges.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"--laep-alpha must be a string such as '0.4', got {text!r}")
+        if ":" not in text:
+            return AlphaSpec(uniform=_parse_alpha(text, text))
+        ranges = tuple(_parse_range(part, text) for part in text.split(","))
+        by_start = sorted(ranges, key=lambda item: (item.first, item.last))
+        for left, right in zip(by_start, by_start[1:], strict=False):
+            if right.first <= left.last:
+                raise ValueError(
+                    f"--laep-alpha {text}: ranges {left} and {right} both name layer "
+                    f"{right.first}; give each layer one alpha"
+                )
+        return AlphaSpec(uniform=None, ranges=tuple(by_start))
+
+    def for_layer(self, layer_number: int) -> float:
+        """alpha_l, >= 0 and possibly infinite; ValueError if no range names the layer."""
+        if self.uniform is not None:
+            return self.uniform
+        for item in self.ranges:
+            if item.first <= layer_number <= item.last:
+                return item.alpha
+        raise ValueError(
+            f"--laep-alpha has no range for MoE layer {layer_number}, only "
+            f"{','.join(map(str, self.ranges))}: add {layer_number} to a range"
+        )
+
+    def check_layers(self, moe_layer_numbers: Iterable[int], num_layers: int | None = None) -> None:
+        """ValueError unless the ranges name every MoE layer, and no layer beyond the model.
+
+        num_layers: layers of the model, dense ones included; None means that the last MoE layer is
+            the last one.
+        """
+        moe_layer_numbers = sorted(moe_layer_numbers)
+        if num_layers is None:
+            num_layers = moe_layer_numbers[-1]
+        for item in self.ranges:
+            if item.last > num_layers:
+                raise ValueError(
+                    f"--laep-alpha range {item} names layer {item.last}, but the model has "
+                    f"{num_layers} layers: end the range at {num_layers} or before"
+                )
+        for layer_number in moe_layer_numbers:
+            self.for_layer(layer_number)
+
+
+def _parse_alpha(number: str, text: str) -> float:
+    try:
+        alpha = float(number)
+    except ValueError:
+        raise ValueError(
+            f"--laep-alpha {text!r}: {number!r} is not a number; give one number such as 0.4, or "
+            "numbers by layer range such as 0.2:1-10,0.4:11-93,0.2:94-103"
+        ) from None
+    if math.isnan(alpha) or alpha < 0:
+        raise ValueError(f"--laep-alpha {text}: alpha must be a number >= 0 or inf, got {alpha:g}")
+    return alpha
+
+
+def _parse_range(part: str, text: str) -> AlphaRange:
+    number, _, layers = part.partition(":")
+    first, dash, last = (piece.strip() for piece in layers.partition("-"))
+    if not dash:
+        last = first
+    # isascii and isdigit: int() would also take "+1", "1_0" and digits of other scripts
+    if not all(end.isascii() and end.isdigit() for end in (first, last)):
+        raise ValueError(
+            f"--laep-alpha {text!r}: {part!r} is not of the form ALPHA:FIRST-LAST, such as 0.2:1-10"
+        )
+    item = AlphaRange(alpha=_parse_alpha(number, text), first=int(first), last=int(last))
+    if item.first < 1:
+        raise ValueError(f"--laep-alpha {text}: layers count from 1, range {part!r} starts at 0")
+    if item.last < item.first:
+        raise ValueError(
+            f"--laep-alpha {text}: range {part!r} is reversed; write {item.last}-{item.first}"
+        )
+    return item

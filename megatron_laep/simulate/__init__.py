@@ -1,0 +1,1 @@
+"""The cost model behind ``laep simulate``: inputs, times, memory. Pure; no torch."""

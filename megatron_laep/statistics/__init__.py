@@ -1,0 +1,1 @@
+"""Counters, windows, and what is logged and recorded of them. torch; no Megatron."""

@@ -1,0 +1,54 @@
+"""A training job in the forks of `in_megatron`, its losses exactly; killed on the way if asked to.
+
+    losses = exact_losses(on_ranks(2, exact_job, tiny_arguments(...)))
+
+Faster than `run_megatron`: Python, torch and Megatron are there already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.support.counted_job import run_script
+from tests.support.forks import Outcome
+
+Losses = dict[int, tuple[str, str]]
+"""Iteration -> (loss, gradient norm), as `float.hex()`."""
+
+
+def exact_job(
+    arguments: list[str],
+    kill_at: tuple[str, int] | None = None,
+    masks: Sequence[str] = (),
+) -> Losses:
+    """Runs the GPT script under megatron_laep on this rank, to its end; the losses that it knows.
+
+    kill_at: a point of `faults.py`, and the iteration there; every rank gets there, and dies.
+    masks: files of maps whose pruned experts are masked (`masked.py`); without LAEP, then.
+    """
+    from megatron.training import training
+
+    import megatron_laep
+    from tests.support import exact_log, faults, fixed_order, masked
+
+    path = Path(os.environ["IN_MEGATRON_SCRATCH"]) / f"exact{os.environ['RANK']}.jsonl"
+    os.environ["EXACT_LOG"] = str(path)
+    exact_log.wrap(training)
+    fixed_order.install()
+    if kill_at is not None:
+        faults.arrange(*kill_at)
+    if masks:
+        masked.mask_routers(*masks)
+    else:
+        megatron_laep.install()
+    run_script(arguments)
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {line["iteration"]: (line["losses"]["lm loss"], line["grad_norm"]) for line in lines}
+
+
+def exact_losses(outcomes: list[Outcome]) -> Losses:
+    """Of all ranks together."""
+    return {i: loss for outcome in outcomes for i, loss in outcome.result().items()}
