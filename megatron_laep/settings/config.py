@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from megatron_laep.settings.rules import PLACEMENTS, PruningRules
+from megatron_laep.settings.rules import GROUP_RULES, PLACEMENTS, PruningRules
 from megatron_laep.settings.schedule import DEFAULT_WINDOW, Leg
 from megatron_laep.settings.thresholds import StabilityThresholds
 
@@ -33,6 +33,7 @@ class LaepConfig:
     placement: str = PruningRules.placement
     allow_empty_ranks: bool = PruningRules.allow_empty_ranks
     max_experts_per_rank_spread: int | None = PruningRules.max_experts_per_rank_spread
+    group_rule: str = PruningRules.group_rule
     expert_model_parallel_size: int | None = None
     plan: str | None = None
     exit_after_prune: bool = False
@@ -277,6 +278,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "fullest rank may have more than the emptiest; 0 is taken for 1 where they do not divide "
         "(default: the fullest rank at most 2 %% above the mean, or as near to it as whole experts "
         "come).",
+    )
+    group.add_argument(
+        "--laep-group-rule",
+        choices=GROUP_RULES,
+        default=defaults.group_rule,
+        help="With --moe-router-num-groups, where all groups of a layer keep as many experts as the one "
+        "that keeps the most. group: alpha and beta are applied to each group by itself, so that a "
+        "busy group does not keep idle experts of the others. layer: to the whole layer "
+        f"(default: {defaults.group_rule}).",
     )
     group.add_argument(
         "--laep-expert-model-parallel-size",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 PLACEMENTS = ("balanced", "greedy", "none")
+GROUP_RULES = ("group", "layer")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class PruningRules:
     placement: str = "balanced"
     allow_empty_ranks: bool = False
     max_experts_per_rank_spread: int | None = None
+    group_rule: str = "group"
 
     @cached_property
     def alpha_spec(self) -> AlphaSpec:
@@ -57,6 +59,11 @@ class PruningRules:
         if self.placement not in PLACEMENTS:
             raise ValueError(
                 f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
+            )
+        if self.group_rule not in GROUP_RULES:
+            raise ValueError(
+                f"--laep-group-rule must be one of {', '.join(GROUP_RULES)}, got "
+                f"{self.group_rule!r}"
             )
         spread = self.max_experts_per_rank_spread
         if spread is not None:
