@@ -41,7 +41,7 @@ def stock_flags(folder: Path, **more) -> list[str]:
     return tiny_arguments(
         **{
             "expert_model_parallel_size": 2,
-            # What real jobs use. (In fp32, stock Megatron 0.19.2 cannot resume its default optimizer format.)
+            # What real jobs use; stock Megatron runs it, too. (fp32: test_repaired_jobs.)
             "bf16": True,
             "moe_router_dtype": "fp32",
             "use_distributed_optimizer": True,
