@@ -21,6 +21,7 @@ from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.summary import summarize
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records.pruning_files import write_pruning
+from megatron_laep.records.pruning_loads import PruningLoads
 from megatron_laep.settings.rules import PruningRules
 
 
@@ -140,16 +141,16 @@ def _report(
     """Prints the table and writes it beside the checkpoint, for people and tools. A collective."""
     size = model_size.measure(model, find_layers(model), expert_map, args)
     blocks_before = running.experts_per_rank(args)
-    stages = running.stats.stages
     summary = summarize(
         expert_map,
         size,
         pipeline_parallel_size=args.pipeline_model_parallel_size,
-        stages=stages,
+        stages=running.layout.stages,
         blocks_before=blocks_before,
     )
     events.log_text(summary.format_table(running.layout.num_groups))
     if events.is_rank_0():
         # For the job they are in the checkpoint.
         with events.failure_is_logged(iteration=expert_map.iteration):
-            write_pruning(running.folder, expert_map, summary, window, stages, blocks_before)
+            loads = PruningLoads.of(window, running.layout, blocks_before)
+            write_pruning(running.folder, expert_map, summary, loads)
