@@ -35,7 +35,8 @@ MAY_IMPORT = {
 # Of these, no module may load torch or Megatron, not even through others.
 PURE = ("settings", "plan", "records", "simulate", "tools")
 MAX_LINES = 500
-NOT_SOURCE = {".git", ".venv", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache"}
+NOT_SOURCE = {".git", ".venv", "__pycache__", ".hypothesis"}
+NOT_SOURCE |= {".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
 
 def loaded_after(statement: str) -> set[str]:
