@@ -5,6 +5,13 @@ from __future__ import annotations
 from fractions import Fraction
 
 
+class Refusal(ValueError):
+    """What was asked for, or given, cannot be done: a sentence with where, got, wanted and what to do.
+
+    The launcher shows the sentence without a traceback; any other exception is a defect, and keeps its.
+    """
+
+
 def exact_decimal(number: float) -> Fraction:
     """The decimal that a user wrote: 0.1 is one tenth here, not the nearest binary float.
 
