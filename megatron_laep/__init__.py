@@ -27,7 +27,7 @@ def __getattr__(name: str):
     # install, uninstall and run pull in torch and Megatron; the planning tools need neither, and the
     # CPU platform has to come before Megatron. So they are looked up only when somebody asks.
     if name in ("install", "run", "uninstall"):
-        from megatron_laep.loop import loop_hooks
+        from megatron_laep.loop import launch
 
-        return getattr(loop_hooks, name)
+        return getattr(launch, name)
     raise AttributeError(f"module 'megatron_laep' has no attribute {name!r}")

@@ -1,25 +1,20 @@
-"""LAEP in Megatron's training loop: the hooks, and the state machine that they drive.
+"""The hooks in Megatron's loop: what is replaced, why, and what it does with the session.
 
-One ``Job`` lives from the parsing of the arguments to the end of the training script, or to the
-next pruning, whichever comes first. A pruning ends it with a ``Rebuild``; ``run`` then takes Megatron down
-and runs the script again in the same process, where the next ``Job`` finds the pending map in the
-checkpoint exactly as a relaunch after a crash would::
+The loop itself is Megatron's. A run passes by here in this order::
 
-    arguments parsed -> Job.start     which checkpoint, which map, are the flags sound
-    model built      -> set_layer_counts, if there is a map
-    checkpoint load  -> Job.loading    through the map, if it is pending
-    before iterations -> Job.begin     counters
-    each iteration   -> Job.end_iteration; when it is time to prune Job.prune, then Rebuild
+    arguments parsed  -> start.find     which checkpoint, which map
+    arguments checked -> Start.checked  are the flags sound, what is still to be pruned
+    model built       -> set_layer_counts, if there is a map
+    checkpoint load   -> Start.loading  through the map, if it is pending
+    before iterations -> Running        counters
+    each iteration    -> Running.end_iteration; when it is time to prune commit, then Rebuild
 
-The loop itself is Megatron's; what is hooked, and why, is the list in ``_hooks``.
+Repairs of Megatron's bugs are not here but in ``mcore.upstream_bugs``: hooked only where a bug was shown.
 """
 
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from megatron.training import get_args, global_vars
@@ -27,94 +22,22 @@ from megatron.training import training as megatron_training
 from megatron.training.async_utils import maybe_finalize_async_save
 
 from megatron_laep import events
-from megatron_laep.loop.job import Job, Rebuild
-from megatron_laep.mcore.hooks import Hook, HookSet
+from megatron_laep.loop import commit
+from megatron_laep.loop.job import Running
+from megatron_laep.loop.session import Rebuild, session
+from megatron_laep.loop.start import find
+from megatron_laep.mcore.checkpoint import ENTRY
+from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
-from megatron_laep.mcore.optimizer_state import ranges_without_padding
-from megatron_laep.mcore.rebuild import release, tear_down, warn_if_alive
+from megatron_laep.mcore.rebuild import release
+from megatron_laep.mcore.upstream_bugs import mend_help
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 from megatron_laep.settings import config as laep_config
 from megatron_laep.settings.config import LaepConfig
 
 
-class _Session:
-    """What outlives a rebuild: the hooks and the settings. One for each process."""
-
-    def __init__(self) -> None:
-        self.hooks = HookSet()
-        self.config: LaepConfig | None = None
-        self.job: Job | None = None
-        self.inside_run = False
-        # The map that this process has just committed; the next start must find it.
-        self.committed_hash: str | None = None
-
-
-_session = _Session()
-
-
-def install(config: LaepConfig | None = None) -> None:
-    """Hooks LAEP into Megatron in this process, as ``python -m megatron_laep`` does.
-
-    Call it before the training script parses its arguments and builds its layer specs, and run
-    the training inside ``run``. While no ``--laep-*`` flag or config asks for pruning, and no pruned
-    checkpoint is loaded, the hooks change nothing.
-
-    Args:
-        config: the settings; None takes them from the command line, where the ``--laep-*`` flags
-            are added to Megatron's parser.
-
-    Raises:
-        RuntimeError: Megatron lacks a symbol that is hooked, or the hooks are installed already.
-        ValueError: a setting is out of range.
-    """
-    if config is not None:
-        config.validate()
-    _session.hooks.apply(_hooks())
-    _session.config = config
-    allow_pruned_checkpoints()
-    events.show_on_console()
-
-
-def uninstall() -> None:
-    """Takes the hooks out again. Models that were built meanwhile keep their layers."""
-    _session.hooks.undo()
-    allow_pruned_checkpoints(False)
-    _session.config = None
-    _session.job = None
-
-
-def run(main: Callable[[], Any]) -> Any:
-    """Runs a training script's main function, and again after each pruning.
-
-    Args:
-        main: parses the arguments and calls ``megatron.training.pretrain``; everything that it
-            needs it must make anew when it is called a second time.
-
-    Returns:
-        What ``main`` returned the last time.
-    """
-    _session.inside_run = True
-    command_line = list(sys.argv)
-    try:
-        while True:
-            sys.argv = list(command_line)
-            try:
-                return main()
-            except Rebuild as rebuild:
-                _session.committed_hash = rebuild.expert_map_hash
-                old_model = rebuild.old_model
-                _session.job = None
-                # The frames of the loop hold the old model and its optimizer.
-                traceback.clear_frames(rebuild.__traceback__)
-                rebuild.__traceback__ = None
-            with events.timed("tear_down"):
-                tear_down()
-            warn_if_alive(old_model)
-    finally:
-        _session.inside_run = False
-
-
-def _hooks() -> list[Hook]:
+def hooks() -> list[Hook]:
+    """What ``install`` replaces in Megatron, in this order."""
     loop = "megatron.training.training"
     return [
         Hook(
@@ -154,12 +77,6 @@ def _hooks() -> list[Hook]:
             "write the checkpoint with the map with one key for each layer",
         ),
         Hook(
-            "megatron.core.optimizer.distrib_optimizer:"
-            "DistributedOptimizer.sharded_param_state_fully_reshardable",
-            _fully_reshardable_state,
-            "cut optimizer state out of the right places of padded gradient buffers",
-        ),
-        Hook(
             f"{loop}:setup_model_and_optimizer",
             _setup_model_and_optimizer,
             "agree on the map before the model is built, and start counting after",
@@ -186,11 +103,7 @@ def _hooks() -> list[Hook]:
 def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
-        for action in parser._actions:
-            # megatron-core 0.19 takes this text from a docstring, with a bare percent sign, on which
-            # argparse fails for --help. Goes away with NVIDIA/Megatron-LM pull request 6211.
-            if "--moe-paged-stash-buffer-size-factor-cuda" in action.option_strings:
-                action.help = action.help.replace("10%)", "10%%)")
+        mend_help(parser, session.upstream)
         return laep_config.add_arguments(parser)
 
     return add_megatron_arguments
@@ -200,7 +113,7 @@ def _parse_args(original):
     def parse_args(*more, **named):
         args = original(*more, **named)
         given = [word for word in sys.argv[1:] if word.startswith("--laep-")]
-        if args.yaml_cfg is not None and (given or _session.config is not None):
+        if args.yaml_cfg is not None and (given or session.config is not None):
             raise ValueError(
                 f"--yaml-cfg {args.yaml_cfg} replaces the command line, and with it "
                 f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
@@ -214,28 +127,31 @@ def _parse_args(original):
 
 def _validate_args(original):
     def validate_args(args: Namespace, *more, **named):
-        if _session.config is not None:
-            vars(args).update(_session.config.to_arguments())
-        job = Job(LaepConfig.from_arguments(args))
-        job.start(args, rebuilt_hash=_session.committed_hash, can_rebuild=_session.inside_run)
+        if session.config is not None:
+            vars(args).update(session.config.to_arguments())
+        start = find(
+            args,
+            LaepConfig.from_arguments(args),
+            rebuilt_hash=session.committed_hash,
+            can_rebuild=session.inside_run,
+        )
+        vars(args).update(start.changes)
         result = original(args, *more, **named)
-        job.check(args)
-        _session.job = job
+        start = start.checked(args)
+        if start.active:
+            session.upstream.check(args, prunes=bool(start.legs))
+            events.log("upstream_repairs", **session.upstream.fields)
+        session.begin(start)
         return result
 
     return validate_args
 
 
-def _active_job() -> Job | None:
-    """The job, if LAEP has anything to do in it."""
-    return _session.job if _session.job is not None and _session.job.active else None
-
-
 def _build_layers(original):
     def build_layers(self):
-        job = _active_job()
-        if job is not None and job.expert_map is not None:
-            set_layer_counts(self.config, job.layout())
+        start = session.active_start
+        if start is not None and start.expert_map is not None:
+            set_layer_counts(self.config, start.layout())
         return original(self)
 
     return build_layers
@@ -243,12 +159,13 @@ def _build_layers(original):
 
 def _load_checkpoint(original):
     def load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *more, **named):
-        job = _active_job()
-        if job is None:
+        start = session.active_start
+        if start is None:
             return original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
-        with job.loading(ddp_model, get_args()):
+        with start.loading(ddp_model, get_args()):
             result = original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
-        job.check_loaded(result[0])
+        start.check_loaded(result[0])
+        session.loaded = True
         return result
 
     return load_checkpoint
@@ -257,10 +174,9 @@ def _load_checkpoint(original):
 def _generate_state_dict(original):
     def generate_state_dict(*more, iteration=None, **named):
         state_dict = original(*more, iteration=iteration, **named)
-        job = _active_job()
         # Megatron builds the same dict when it loads; only a save has an iteration.
-        if job is not None and iteration is not None:
-            job.add_record(state_dict, iteration)
+        if session.active_start is not None and iteration is not None:
+            state_dict[ENTRY] = session.record(iteration).to_entry()
         return state_dict
 
     return generate_state_dict
@@ -269,40 +185,36 @@ def _generate_state_dict(original):
 def _build_metadata(original):
     def build_sharded_state_dict_metadata(*more, **named):
         metadata = original(*more, **named)
-        job = _active_job()
-        if job is not None and job.committing:
+        if session.running is not None and session.running.committing:
             metadata["non_homogeneous_layers"] = True
         return metadata
 
     return build_sharded_state_dict_metadata
 
 
-def _fully_reshardable_state(original):
-    def sharded_param_state_fully_reshardable(self, *more, **named):
-        if _active_job() is None:
-            return original(self, *more, **named)
-        with ranges_without_padding(self.buffers):
-            return original(self, *more, **named)
-
-    return sharded_param_state_fully_reshardable
-
-
 def _setup_model_and_optimizer(original):
     def setup_model_and_optimizer(*more, **named):
-        job = _active_job()
-        if _session.job is None and _session.config is not None and _session.config.enabled:
+        if session.start is None and session.config is not None and session.config.enabled:
             raise ValueError(
                 "megatron_laep.install(config) asks for a pruning, but the script has not called "
                 "megatron.training.arguments.parse_and_validate_args, where LAEP finds its "
                 "checkpoint; parse the arguments with it"
             )
-        if job is None:
+        start = session.active_start
+        if start is None:
             return original(*more, **named)
-        job.agree()
-        with events.timed("build", experts=job.expert_total(), map_state=job.map_state):
+        start.agree()
+        state = start.record.map_state if start.record is not None else None
+        with events.timed("build", experts=start.expert_total(), map_state=state):
             result = original(*more, **named)
-        job.begin(result[0], get_args())
-        _session.committed_hash = None
+        if start.pending and not session.loaded:
+            raise ValueError(
+                f"{start.source}: the model was built for the pending map "
+                f"{start.lineage.steps[-1].short_hash}, but no checkpoint was loaded through it; "
+                "give --load"
+            )
+        session.running = Running(start, result[0], get_args())
+        session.committed_hash = None
         return result
 
     return setup_model_and_optimizer
@@ -311,9 +223,8 @@ def _setup_model_and_optimizer(original):
 def _training_log(original):
     def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *more, **named):
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *more, **named)
-        job = _active_job()
-        if job is not None and iteration % get_args().log_interval == 0:
-            job.log_loads(
+        if session.running is not None and iteration % get_args().log_interval == 0:
+            session.running.log_loads(
                 iteration,
                 get_args(),
                 tensorboard=global_vars.get_tensorboard_writer(),
@@ -326,8 +237,7 @@ def _training_log(original):
 
 def _report_theoretical_memory(original):
     def report_theoretical_memory(*more, **named):
-        job = _active_job()
-        if job is None or job.expert_map is None:
+        if not _pruned():
             return original(*more, **named)
         events.log(
             "theoretical_memory_skipped",
@@ -335,6 +245,12 @@ def _report_theoretical_memory(original):
         )
 
     return report_theoretical_memory
+
+
+def _pruned() -> bool:
+    """Whether the model that is built has other expert counts than Megatron's arguments say."""
+    start = session.active_start
+    return start is not None and start.expert_map is not None
 
 
 def _checkpoint_and_decide_exit(original):
@@ -347,7 +263,7 @@ def _checkpoint_and_decide_exit(original):
         checkpointing_context,
         train_data_iterator,
     ):
-        job = _active_job()
+        running = session.running
 
         def step(context=checkpointing_context):
             return original(
@@ -371,7 +287,7 @@ def _checkpoint_and_decide_exit(original):
                 train_data_iterator=train_data_iterator,
             )
 
-        if job is None or not job.end_iteration(iteration):
+        if running is None or not running.end_iteration(iteration):
             return step()
 
         # A save plan that was cached for the job's other checkpoints would not fit this one.
@@ -379,25 +295,29 @@ def _checkpoint_and_decide_exit(original):
             key: value for key, value in checkpointing_context.items() if key != "save_strategy"
         }
         maybe_finalize_async_save(blocking=True)
-        should_exit = job.prune(
-            iteration, model, get_args(), step=lambda: step(context), save=lambda: save(context)
+        committed = commit.commit(
+            running,
+            iteration,
+            model,
+            get_args(),
+            step=lambda: step(context),
+            save=lambda: save(context),
         )
-        if should_exit or job.config.exit_after_prune:
+        if committed.should_exit or running.config.exit_after_prune:
             events.log("exit_after_commit", iteration=iteration)
             return True
         writer = global_vars.get_tensorboard_writer()
         if writer:
             writer.close()
-        job.end()
-        raise Rebuild(job.lineage.last.hash, release(model))
+        running.close()
+        raise Rebuild(committed.expert_map.hash, release(model))
 
     return checkpoint_and_decide_exit
 
 
 def _update_router_expert_bias(original):
     def update_router_expert_bias(model, *more, **named):
-        job = _active_job()
-        if job is None or job.expert_map is None:
+        if not _pruned():
             return original(model, *more, **named)
         # Megatron stacks the vectors of all layers, which needs one length. Layers of one length
         # at a time, in the order of first appearance, the same on all ranks of a stage. Each call

@@ -6,25 +6,20 @@ Every complaint is a ``ValueError`` with the flag, what was given, what is wante
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep.mcore.checkpoint import Record
+from megatron_laep.mcore.described_model import model_layout, moe_layer_numbers, router_groups
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.groups import check_kept_groups
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.rules import AlphaSpec
 from megatron_laep.settings.schedule import Leg
-
-
-def moe_layer_numbers(args: Namespace) -> list[int]:
-    """Megatron's 1-based numbers of the decoder layers that have experts."""
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [int(index % pattern == 0) for index in range(args.num_layers)]
-    return [index + 1 for index, has_experts in enumerate(pattern) if has_experts]
 
 
 def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) -> None:
@@ -81,12 +76,6 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "quantile_balancing" in (balancing if isinstance(balancing, list) else [balancing]),
             "--moe-router-load-balancing-type quantile_balancing",
             "it wants one expert count for all layers; use another type, or none",
-        ),
-        (
-            args.moe_router_num_groups is not None,
-            f"--moe-router-num-groups {args.moe_router_num_groups}",
-            "group-limited routing makes its groups of consecutive expert ids, which a renumbering "
-            "would mix; route without --moe-router-num-groups and --moe-router-group-topk",
         ),
         (
             args.moe_ncclep_static_shape or args.moe_ncclep_zero_copy,
@@ -401,40 +390,22 @@ def read_plan(
             f"(--laep-prune-iteration {' '.join(map(str, prunings))}): give one iteration, and "
             "relaunch with the next iteration and its plan after it, or leave out --laep-plan"
         )
-    experts = [layer.experts_after for layer in present.layers] if present else args.num_experts
+    experts = dict.fromkeys(moe_layer_numbers(args), args.num_experts)
+    if present is not None:
+        experts = {layer.layer_number: layer.experts_after for layer in present.layers}
     try:
         expert_map = ExpertMap.from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--laep-plan {path}: {error}") from error
-    check_plan(expert_map, args, config, experts)
+    check_plan(expert_map, model_layout(args, config, experts), config)
     _check_uneven(expert_map, args, f"--laep-plan {path}")
     return expert_map
 
 
-def check_plan(
-    expert_map: ExpertMap,
-    args: Namespace,
-    config: LaepConfig,
-    experts: int | Sequence[int],
-    stages: Mapping[int, int] | None = None,
-) -> None:
-    """Whether the map of ``--laep-plan`` fits the job.
-
-    Args:
-        experts: of each layer before the pruning: one number, or one for each.
-        stages: the pipeline stage of each layer number; None while it is not known.
-    """
-    size = config.expert_model_parallel_size or args.expert_model_parallel_size
+def check_plan(expert_map: ExpertMap, layout: ModelLayout, config: LaepConfig) -> None:
+    """Whether the map of ``--laep-plan`` fits the model and its ranks."""
     try:
-        make_map.check_plan(
-            expert_map,
-            layer_numbers=moe_layer_numbers(args),
-            num_experts=experts,
-            top_k=args.moe_router_topk,
-            expert_parallel_size=size,
-            allow_empty_ranks=config.allow_empty_ranks,
-            stages=stages,
-        )
+        make_map.check_plan(expert_map, layout, allow_empty_ranks=config.allow_empty_ranks)
     except ValueError as error:
         raise ValueError(f"--laep-plan {config.plan}: {error}") from error
 
@@ -465,6 +436,15 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
             f"{where} keeps {smallest.experts_after} experts; give --moe-router-topk "
             f"{expert_map.top_k} or at most {smallest.experts_after}"
         )
+    groups = router_groups(args)
+    for layer in expert_map.layers if groups is not None else ():
+        try:
+            check_kept_groups(layer.kept, layer.experts_before, layer.experts_per_rank, groups)
+        except ValueError as error:
+            raise ValueError(
+                f"--moe-router-num-groups {groups.num_groups}, but layer {layer.layer_number} of {where} "
+                f"{error}; give the groups that it was pruned with, or none"
+            ) from None
     try:
         layout = expert_map.laid_out_for(args.expert_model_parallel_size)
     except ValueError as error:

@@ -21,16 +21,17 @@ import numpy as np
 
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import near_equal_blocks
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.windows import part_ends
 from megatron_laep.records.load_format import (
     FORMAT,
-    checked_blocks,
     checked_integers,
     read_header,
     sound_records,
     token_counts,
 )
+from megatron_laep.records.pruning_loads import PruningLoads, facts_of_model
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -74,6 +75,11 @@ class LoadLog:
         """Of the last window; None where the file does not say."""
         return int(self.expert_parallel_sizes[-1]) or None
 
+    @property
+    def experts(self) -> dict[int, int]:
+        """Experts of each layer number."""
+        return dict(zip(self.layer_numbers, self.expert_counts, strict=True))
+
     def rows(self, tokens_LE: np.ndarray) -> list[np.ndarray]:
         """A padded matrix [L, E] as one array [E] for each layer, without the padding."""
         return [row[:count] for row, count in zip(tokens_LE, self.expert_counts, strict=True)]
@@ -90,10 +96,15 @@ class LoadLog:
         self._check_windows(windows)
         return self.rows(self.tokens_WLE[-windows:].sum(axis=0))
 
-    def parts(self, windows: int) -> list[list[np.ndarray]]:
-        """The same in up to four parts of about equal length, as a job sees its pruning window.
+    def loads(self) -> Loads:
+        """All windows, for the plan."""
+        return Loads.of_windows(list(map(self.rows, self.tokens_WLE)), self.layer_numbers)
 
-        Returns: [parts][L] arrays [E]. A recorded window is in the part in which it ends.
+    def parts(self, windows: int) -> Loads:
+        """The last ``windows`` windows in up to four parts of about equal length, as a job sees its
+        pruning window.
+
+        A recorded window is in the part in which it ends.
         Errors: ValueError if there are not so many windows.
         """
         self._check_windows(windows)
@@ -101,10 +112,11 @@ class LoadLog:
         ends = part_ends(start, int(self.last_iterations[-1]) - start)
         part_W = [bisect.bisect_left(ends, last) for last in self.last_iterations[-windows:]]
         # Long windows, or gaps between them, can leave a part without one.
-        return [
+        parts = [
             self.rows(self.tokens_WLE[-windows:][np.equal(part_W, part)].sum(axis=0))
             for part in sorted(set(part_W))
         ]
+        return Loads.of_windows(parts, self.layer_numbers)
 
     def _check_windows(self, windows: int) -> None:
         if not 1 <= windows <= self.num_windows:
@@ -258,34 +270,28 @@ def _from_json(data: object, path: Path) -> LoadLog:
             "this holds no recorded loads: the fields layer_numbers and tokens are missing"
         )
     if "last_iteration_of_window" in data:
-        lasts, interval = data["last_iteration_of_window"], data.get("window_iterations")
-        windows = data["tokens"]
-    elif "iteration" in data:
-        lasts, interval, windows = [data["iteration"]], data.get("window"), [data["tokens"]]
-    else:
-        raise ValueError("the field last_iteration_of_window (or iteration) is missing")
+        return _of_windows(data, path)
+    if "iteration" in data:
+        return of_pruning(PruningLoads.from_dict(data), path)
+    raise ValueError("the field last_iteration_of_window (or iteration) is missing")
+
+
+def _of_windows(data: dict, path: Path) -> LoadLog:
+    """JSON of one row of matrices."""
     numbers = checked_integers(data["layer_numbers"], "layer_numbers", minimum=1)
-    lasts = checked_integers(lasts, "the last iterations of the windows", minimum=1)
-    (interval,) = checked_integers([interval], "the iterations of a window", minimum=1)
+    lasts = checked_integers(
+        data["last_iteration_of_window"], "the last iterations of the windows", minimum=1
+    )
+    (interval,) = checked_integers(
+        [data.get("window_iterations")], "the iterations of a window", minimum=1
+    )
+    windows = data["tokens"]
     if not isinstance(windows, list) or len(windows) != len(lasts):
         raise ValueError(f"tokens must hold one matrix for each of the {len(lasts)} windows")
     tokens, sizes = _padded(windows, numbers, lasts)
-    optional = {
-        name: checked_integers([data[name]], name, minimum=1)[0]
-        for name in ("top_k", "expert_parallel_size")
-        if data.get(name) is not None
-    }
-    stages = None
-    if data.get("stages") is not None:
-        of_layers = checked_integers(data["stages"], "stages", minimum=0)
-        if len(of_layers) != len(numbers):
-            raise ValueError(f"there are {len(of_layers)} stages for {len(numbers)} layers")
-        stages = dict(zip(numbers, of_layers, strict=True))
-    blocks = ()
-    if data.get("experts_per_rank") is not None:
-        blocks = checked_blocks(data["experts_per_rank"], sizes)
+    facts = facts_of_model(data, dict(zip(numbers, sizes, strict=True)))
     last_iterations = np.array(lasts, dtype=np.int64)
-    log = _checked(
+    return _checked(
         LoadLog(
             source=str(path),
             layer_numbers=numbers,
@@ -293,41 +299,43 @@ def _from_json(data: object, path: Path) -> LoadLog:
             first_iterations=last_iterations - interval + 1,
             last_iterations=last_iterations,
             tokens_WLE=tokens,
-            expert_parallel_sizes=np.full(len(lasts), optional.get("expert_parallel_size", 0)),
-            top_k=optional.get("top_k"),
-            stages=stages,
-            experts_per_rank=blocks,
+            expert_parallel_sizes=np.full(len(lasts), facts.get("expert_parallel_size", 0)),
+            top_k=facts.get("top_k"),
+            stages=_by_layer(facts.get("stages"), numbers),
+            experts_per_rank=facts.get("experts_per_rank", ()),
         )
     )
-    return _in_parts(log, data["parts"]) if data.get("parts") else log
 
 
-def _in_parts(log: LoadLog, parts: object) -> LoadLog:
-    """A job's decision window as the parts that it was decided on: objects of `last_iteration` and
-    `tokens`."""
-    fields = {"last_iteration", "tokens"}
-    if log.num_windows != 1 or not isinstance(parts, list):
-        raise ValueError("parts must be a list, of the one window that tokens are of")
-    if any(not isinstance(part, dict) or not fields <= set(part) for part in parts):
-        raise ValueError("each of the parts must have the fields last_iteration and tokens")
-    lasts = checked_integers(
-        [part["last_iteration"] for part in parts], "the last iterations of the parts", minimum=1
-    )
-    tokens, sizes = _padded([part["tokens"] for part in parts], log.layer_numbers, lasts)
-    whole = log.tokens_WLE[0]
-    if sizes != log.expert_counts or (tokens.sum(axis=0) != whole).any():
-        raise ValueError("the tokens of the parts do not sum up to tokens: the file was edited")
-    last_iterations = np.array(lasts, dtype=np.int64)
+def of_pruning(pruning: PruningLoads, path: Path) -> LoadLog:
+    """The window that a job pruned on, as the parts that it was decided on.
+
+    Errors: ValueError if the iterations cannot be.
+    """
+    loads, ends = pruning.loads, np.array(pruning.ends, dtype=np.int64)
+    counts = tuple(loads.experts.values())
+    tokens = np.zeros((len(ends), len(counts), max(counts)), dtype=np.int64)
+    for row, loads_WE in enumerate(loads.tokens.values()):
+        tokens[:, row, : loads_WE.shape[1]] = loads_WE
     return _checked(
-        replace(
-            log,
-            first_iterations=np.array([log.first_iterations[0], *(last_iterations[:-1] + 1)]),
-            last_iterations=last_iterations,
+        LoadLog(
+            source=str(path),
+            layer_numbers=loads.layer_numbers,
+            expert_counts=counts,
+            first_iterations=np.array([ends[-1] - pruning.window + 1, *(ends[:-1] + 1)]),
+            last_iterations=ends,
             tokens_WLE=tokens,
-            expert_parallel_sizes=np.repeat(log.expert_parallel_sizes, len(lasts)),
-            decision_windows=len(lasts),
+            expert_parallel_sizes=np.full(len(ends), pruning.expert_parallel_size or 0),
+            top_k=pruning.top_k,
+            stages=_by_layer(pruning.stages, loads.layer_numbers),
+            experts_per_rank=pruning.experts_per_rank,
+            decision_windows=len(ends),
         )
     )
+
+
+def _by_layer(stages: tuple[int, ...] | None, numbers: tuple[int, ...]) -> dict[int, int] | None:
+    return None if stages is None else dict(zip(numbers, stages, strict=True))
 
 
 def _padded(

@@ -6,7 +6,6 @@ import argparse
 
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.summary import summarize
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.tools import options
 
 
@@ -27,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="expert-parallel size after pruning (default: that of the recorded run)",
     )
     options.add_windows(parser)
+    options.add_groups(parser)
     options.add_model_size(parser)
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write the map, the JSON that --laep-plan takes"
@@ -43,23 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{log.source} does not say the expert-parallel size: give --ep")
     if ep_after < 1:
         raise ValueError(f"--ep must be at least 1, got {ep_after}")
-    config = LaepConfig(
-        prune_iteration=int(log.last_iterations[-1]),
-        alpha=args.alpha,
-        beta=args.beta,
-        **options.rounding(args),
-    )
-    config.validate()
-    ep_before = options.resolve_ep_before(args, log, default=ep_after)
+    rules = options.rules(args, alpha=args.alpha, beta=args.beta)
+    layout = options.layout(args, log, ep_after)
     expert_map = make_expert_map(
-        log.parts(args.windows),
-        log.layer_numbers,
-        config=config,
-        iteration=config.prune_iteration,
-        top_k=options.resolve_top_k(args, log),
-        expert_parallel_size_before=ep_before,
-        expert_parallel_size_after=ep_after,
-        stages=log.stages,
+        log.parts(args.windows), layout, rules, iteration=int(log.last_iterations[-1])
     )
     size = options.model_size(args)
     summary = summarize(
@@ -67,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         size,
         pipeline_parallel_size=args.pipeline_parallel_size,
         stages=log.stages,
-        blocks_before=log.blocks(ep_before),
+        blocks_before=log.blocks(layout.expert_parallel_size_before),
     )
     if args.output is not None:
         options.write_text(args.output, expert_map.to_json(), options.files_of(log))
@@ -76,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             {"loads": log.source, "windows": args.windows, "map": args.output, **summary.to_dict()}
         )
         return 0
-    print(summary.format_table())
+    print(summary.format_table(layout.num_groups))
     print()
     print(f"loads of iterations {options.iterations(log, args.windows)}; map {expert_map.hash}")
     if args.output is not None:

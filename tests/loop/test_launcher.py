@@ -143,6 +143,7 @@ def launched(tmp_path_factory) -> tuple[RunResult, Path]:
     return run_megatron(arguments, 2, launcher=LAEP), save
 
 
+@pytest.mark.equality
 @pytest.mark.distributed
 def test_without_a_flag_losses_are_those_of_the_script_alone(launched):
     arguments = tiny_arguments(expert_model_parallel_size=2, train_iters=ITERATIONS)
@@ -201,7 +202,9 @@ def attributes_of_megatron() -> dict[tuple[str, str], int]:
 def install_and_uninstall() -> list[dict]:
     import megatron_laep
     import megatron_laep.loop.loop_hooks  # and with it all of Megatron that it imports
+    from megatron_laep.mcore.upstream_bugs import ask_megatron
 
+    repairs = len(ask_megatron().hooks(lambda: False))
     before = attributes_of_megatron()
     seen = []
     for _ in range(2):
@@ -213,7 +216,7 @@ def install_and_uninstall() -> list[dict]:
             {
                 "hooked": sorted(place for place in before if during[place] != before[place]),
                 "left": sorted(place for place in before if after[place] != before[place]),
-                "asked for": len(megatron_laep.loop.loop_hooks._hooks()),
+                "asked for": len(megatron_laep.loop.loop_hooks.hooks()) + repairs,
             }
         )
     return seen

@@ -227,10 +227,10 @@ def test_fine_tuning_a_pruned_model_prunes_it_again(tmp_path, checkpoints):
 
 
 def legs_to_come(words: list[str]) -> list[int]:
-    from megatron_laep.loop.loop_hooks import _session
+    from megatron_laep.loop.session import session
 
     parsed(words)
-    return [leg.end for leg in _session.job._legs]
+    return [leg.end for leg in session.start.legs]
 
 
 def test_a_checkpoint_in_another_format_is_not_taken_for_a_new_start(tmp_path, checkpoints):

@@ -270,6 +270,7 @@ def sweep(expert_parallel_size: int, strategy: str, check, examples: int) -> int
     return seen
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("expert_parallel_size", [2, 4])
 def test_any_counts(expert_parallel_size) -> None:
     """With 4 processes and EP 2 there are two replicas, each with its own tokens."""
@@ -293,6 +294,7 @@ def equal_cases(draw, ranks: int) -> Case:
     )
 
 
+@pytest.mark.equality
 def test_equal_counts_are_megatrons_to_the_bit() -> None:
     for outcome in on_ranks(2, sweep, 2, "equal_cases", compare_with_stock, 30):
         assert outcome.result() >= 30

@@ -14,6 +14,8 @@ from tests.oracles.test_uneven_experts import plan
 from tests.support.exact_job import Losses, exact_job, exact_losses
 from tests.support.forks import on_ranks
 
+pytestmark = pytest.mark.equality
+
 PRUNE, ITERATIONS = 2, 5
 BUCKETS = {
     "use_distributed_optimizer": True,

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from megatron_laep import ExpertMap
-from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.records import load_log
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.statistics.load_metrics import load_metrics
+from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.support.forks import in_megatron
+from tests.support.plans import planned
 from tests.support.runs import (
     LAEP,
     ON_CPU,
@@ -38,11 +38,10 @@ MASKED = (str(SUPPORT / "masked.py"),)
 
 
 def stock_flags(folder: Path, **more) -> list[str]:
-    # Top-1 for the reason given in test_permutation; the masked run's gradients have the same terms anyhow.
     return tiny_arguments(
         **{
             "expert_model_parallel_size": 2,
-            # What real jobs use. (In fp32, stock Megatron 0.19.2 cannot resume its default optimizer format.)
+            # What real jobs use; stock Megatron runs it, too. (fp32: test_repaired_jobs.)
             "bf16": True,
             "moe_router_dtype": "fp32",
             "use_distributed_optimizer": True,
@@ -217,7 +216,6 @@ def test_the_loads_are_recorded(run) -> None:
 
 def test_the_metrics_of_the_training_log(run) -> None:
     """TensorBoard, W&B and console, against the loads that were recorded for the same intervals."""
-    config = LaepConfig(prune_iteration=PRUNE, alpha="1.0", beta=0.5)
     expected: dict[str, dict[int, float]] = {}
     folder, lines = run.folder / "laep", []
     for log, pruned in (
@@ -228,15 +226,7 @@ def test_the_metrics_of_the_training_log(run) -> None:
             tokens = [np.array(row) for row in log.window(window)]
             kept = None
             if not pruned:
-                plan = make_expert_map(
-                    tokens,
-                    log.layer_numbers,
-                    config=config,
-                    iteration=iteration,
-                    top_k=1,
-                    expert_parallel_size_before=2,
-                    expert_parallel_size_after=2,
-                )
+                plan = planned(tokens, log.layer_numbers, top_k=1, alpha="1.0", beta=0.5)
                 kept = [np.array(layer.kept) for layer in plan.layers]
             blocks = [(row.size // 2,) * 2 for row in tokens]
             found = load_metrics(tokens, log.layer_numbers, blocks, kept)
@@ -260,6 +250,7 @@ def test_the_metrics_of_the_training_log(run) -> None:
     assert run.result.logs[0].count(" prunable_experts=") == 3
 
 
+@pytest.mark.equality
 def test_a_job_that_does_not_prune_can_be_recorded(run, tmp_path) -> None:
     result = run_megatron(
         stock_flags(tmp_path, train_iters=4, laep_record_interval=2), 2, launcher=LAEP, timeout=240
@@ -273,6 +264,7 @@ def test_a_job_that_does_not_prune_can_be_recorded(run, tmp_path) -> None:
     ]
 
 
+@pytest.mark.equality
 def test_pruned_equals_masked(run, tmp_path) -> None:
     """Oracle 2. The pending checkpoint is an ordinary one: stock Megatron opens it as the full model."""
     folder = pending_copy(tmp_path / "masked", run)
@@ -285,9 +277,10 @@ def test_pruned_equals_masked(run, tmp_path) -> None:
         pruned_loss, pruned_norm = run.result.exact[iteration]
         assert loss == pruned_loss
         # The same squares and some zeros, summed in another order.
-        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24)
+        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=ORDER_OF_SUM)
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize(
     ("point", "resumes_after"),
     [
@@ -314,6 +307,7 @@ def test_killed_and_relaunched_with_the_same_command(run, tmp_path, point, resum
     assert ExpertMap.from_json(map_file.read_text()) == run.expert_map
 
 
+@pytest.mark.equality
 def test_exit_after_prune_and_relaunch(run, tmp_path) -> None:
     first = run_megatron(flags(tmp_path, laep_exit_after_prune=True), 2, launcher=LAEP, timeout=240)
     assert first.returncodes == [0, 0]
@@ -348,6 +342,7 @@ def test_a_pruned_checkpoint_opens_without_laep_flags(run) -> None:
     assert set(result.exact) == {ITERATIONS + 1, ITERATIONS + 2}
 
 
+@pytest.mark.equality
 def test_a_job_that_began_elsewhere_goes_on_from_its_own_folder(run, tmp_path) -> None:
     """--load and --ckpt-step belong to the first start; the same command later continues."""
     command = flags(

@@ -16,10 +16,12 @@ from megatron_laep import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.stability import StabilityDecision
 from megatron_laep.records import decision_log, load_log
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import Verdict
 from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools.report import data as report_data
 from megatron_laep.tools.stability import decisions
+from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.oracles.test_pruning_run import stock_flags
 from tests.support.exact_job import Losses, exact_job, exact_losses
 from tests.support.forks import in_megatron, on_ranks
@@ -27,7 +29,7 @@ from tests.support.forks import in_megatron, on_ranks
 # Windows end at 2, 4, 6 and so on. The saves, at 5, 10, 15 and 20, are inside one, or after it.
 ITERATIONS, LATEST, WINDOW, SAVE_INTERVAL = 22, (12, 18), 2, 5
 THRESHOLDS = StabilityThresholds(rank_correlation=0.65, churn=1.0, patience=2)
-RULE = {"alpha": "1.0", "beta": 0.5}
+RULES = PruningRules(alpha="1.0", beta=0.5)
 
 
 def flags(folder: Path, **more) -> list[str]:
@@ -40,8 +42,8 @@ def flags(folder: Path, **more) -> list[str]:
             "laep_prune_iteration": LATEST,
             "laep_prune_when_stable": True,
             "laep_window": WINDOW,
-            "laep_alpha": RULE["alpha"],
-            "laep_beta": RULE["beta"],
+            "laep_alpha": RULES.alpha,
+            "laep_beta": RULES.beta,
             "laep_record_interval": WINDOW,
             **{f"laep_stability_{name}": value for name, value in thresholds.items()},
             **more,
@@ -84,7 +86,7 @@ def run(tmp_path_factory) -> Run:
 def recorded(run: Run) -> tuple[load_log.LoadLog, list[StabilityDecision]]:
     """What ``laep stability`` says of the loads that the job recorded up to its first pruning."""
     log = load_log.read(run.folder / "laep" / "loads-full.bin")
-    return log, decisions(log, **RULE, thresholds=THRESHOLDS)
+    return log, decisions(log, RULES, THRESHOLDS)
 
 
 def test_it_prunes_at_the_first_window_end_at_which_the_loads_are_stable(run):
@@ -175,6 +177,7 @@ def test_its_checkpoints_know_their_lineage(run):
     assert [step["iteration"] for step in found[-1]["prunings"]] == [first.iteration, 18]
 
 
+@pytest.mark.equality
 def test_pruned_twice_equals_masked_twice(run, tmp_path):
     """Stock Megatron goes on from the first pending checkpoint, a full model, with its experts masked."""
     first, second = run.maps
@@ -191,9 +194,10 @@ def test_pruned_twice_equals_masked_twice(run, tmp_path):
         pruned_loss, pruned_norm = run.losses[iteration]
         assert loss == pruned_loss, iteration
         # The same squares and some zeros, summed in another order.
-        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=4 * 2.0**-24)
+        assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=ORDER_OF_SUM)
 
 
+@pytest.mark.equality
 def test_killed_again_and_again(run, tmp_path):
     """After a save inside a window that counts for the decision, and on both sides of the second commit."""
     for point, iteration, complete in (
@@ -209,6 +213,7 @@ def test_killed_again_and_again(run, tmp_path):
     run.assert_same(tmp_path, losses, after=18)
 
 
+@pytest.mark.equality
 def test_exit_after_each_pruning_and_relaunch(run, tmp_path):
     losses = {}
     for last in (run.maps[0].iteration, 18, ITERATIONS):

@@ -32,11 +32,12 @@ def exact_job(
     from megatron.training import training
 
     import megatron_laep
-    from tests.support import exact_log, faults, masked
+    from tests.support import exact_log, faults, fixed_order, masked
 
     path = Path(os.environ["IN_MEGATRON_SCRATCH"]) / f"exact{os.environ['RANK']}.jsonl"
     os.environ["EXACT_LOG"] = str(path)
     exact_log.wrap(training)
+    fixed_order.install()
     if kill_at is not None:
         faults.arrange(*kill_at)
     if masks:

@@ -6,7 +6,7 @@
 Megatron prints seven digits of a loss and three of a gradient norm. This appends to FILE, for each
 call of its ``training_log`` on a rank that knows the loss, one JSON line: {"iteration": 3,
 "losses": {"lm loss": "0x1.8p+2"}, "grad_norm": "0x1.0p-1"}. Megatron is not imported here, so that
-what is run may do it when it is ready.
+what is run may do it when it is ready; as soon as it is, sums get their fixed order (`fixed_order`).
 """
 
 from __future__ import annotations
@@ -81,19 +81,36 @@ class _TrainingFinder(importlib.abc.MetaPathFinder):
             exec_module = spec.loader.exec_module
 
             def exec_and_wrap(module: ModuleType) -> None:
+                from tests.support import (
+                    fixed_order,
+                )  # imports torch, which must not come before the CPU platform
+
                 exec_module(module)
                 wrap(module)
+                fixed_order.install()
                 _start_result_queue()
 
             spec.loader.exec_module = exec_and_wrap
         return spec
 
 
-if __name__ == "__main__":
-    sys.meta_path.insert(0, _TrainingFinder())
-    if sys.argv[1] == "-m":
-        sys.argv = sys.argv[2:]
+def run(words: list[str]) -> None:
+    """Runs ``SCRIPT ARGS`` or ``-m MODULE ARGS``, logged."""
+    training = sys.modules.get(TRAINING_MODULE)
+    if training is None:
+        sys.meta_path.insert(0, _TrainingFinder())
+    else:  # in a fork of the process that has Megatron, and the result queue
+        from tests.support import fixed_order
+
+        wrap(training)
+        fixed_order.install()
+    if words[0] == "-m":
+        sys.argv = words[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = sys.argv[1:]
+        sys.argv = words
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -33,32 +33,31 @@ def arrange(point: str, iteration: int | None = None) -> None:
     from megatron.core import dist_checkpointing
     from megatron.training import training as loop
 
-    from megatron_laep.loop import loop_hooks
-    from megatron_laep.loop.job import Job
+    from megatron_laep.loop import commit, loop_hooks
 
-    prune, save = Job.prune, dist_checkpointing.save
+    prune, save = commit.commit, dist_checkpointing.save
     if point == "before the checkpoint is complete":
         # Every tensor is written; the tracker file still names the checkpoint before.
-        def prune_and_die_in_save(self, now, *args, **kwargs):
+        def prune_and_die_in_save(running, now, *args, **kwargs):
             if iteration in (None, now):
                 dist_checkpointing.save = _after(save)
-            return prune(self, now, *args, **kwargs)
+            return prune(running, now, *args, **kwargs)
 
-        Job.prune = prune_and_die_in_save
+        commit.commit = prune_and_die_in_save
     elif point == "after the checkpoint is complete":
 
-        def prune_and_die(self, now, *args, **kwargs):
-            should_exit = prune(self, now, *args, **kwargs)
+        def prune_and_die(running, now, *args, **kwargs):
+            should_exit = prune(running, now, *args, **kwargs)
             if iteration in (None, now):
                 _die()
             return should_exit
 
-        Job.prune = prune_and_die
+        commit.commit = prune_and_die
     elif point == "during the rebuild":
         # The groups are new, the smaller model is about to be built.
         loop_hooks.set_layer_counts = _die
     elif point == "after the first ordinary save":
-        # Looked up by name in Megatron's module, so the save that Job.prune asks for passes by here as well.
+        # Looked up by name in Megatron's module, so the save that the commit asks for passes by here as well.
         save_and_time = loop.save_checkpoint_and_time
 
         def save_and_die(now, *args, **kwargs):

@@ -15,15 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap
-from megatron_laep.plan.make_map import make_expert_map
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.stability import decide
 from megatron_laep.plan.summary import ModelSize, summarize
-from megatron_laep.records import decision_log
+from megatron_laep.records import decision_log, pruning_files
 from megatron_laep.records.load_format import LoadLogHeader
 from megatron_laep.records.load_writer import LoadLogWriter
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.records.pruning_loads import PruningLoads
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import Verdict
 from megatron_laep.settings.thresholds import StabilityThresholds
+from tests.support.plans import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"
@@ -103,21 +105,12 @@ def make_log() -> str:
 
 def write_pruning(
     folder: Path, expert_map: ExpertMap, tokens_LE: list[list[int]], window: int = 100
-) -> Path:
-    """The three files that a job writes when it prunes (`LaepJob._report`)."""
-    target = folder / "laep" / f"iter_{expert_map.iteration:07d}"
-    target.mkdir(parents=True)
-    loads = {
-        "iteration": expert_map.iteration,
-        "window": window,
-        "layer_numbers": list(expert_map.layer_numbers),
-        "tokens": tokens_LE,
-    }
-    table = summarize(expert_map, SIZE).to_dict()
-    contents = {"map": expert_map.to_dict(), "loads": loads, "table": table}
-    for name, content in contents.items():
-        (target / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    return target
+) -> None:
+    """The three files that a job writes when it prunes, on a window of one part."""
+    loads = Loads.of_window(tokens_LE, expert_map.layer_numbers)
+    decided_on = PruningLoads(window, (expert_map.iteration,), loads)
+    table = summarize(expert_map, SIZE)
+    pruning_files.write_pruning(folder / "laep", expert_map, table, decided_on)
 
 
 def write_logs(
@@ -151,11 +144,9 @@ def write_decision(folder: Path, ends: list[int], windows: list[np.ndarray], alp
     last = ends.index(PRUNE_ITERATION) + 1
     hundreds = [sum(windows[end - 4 : end]) for end in range(last - 12, last + 1, 4) if end >= 4]
     decision = decide(
-        hundreds,
-        (1, 2, 3, 4),
+        Loads.of_windows(hundreds, (1, 2, 3, 4)),
         iteration=PRUNE_ITERATION,
-        alpha=alpha,
-        beta=0.1,
+        rules=PruningRules(alpha, 0.1),
         thresholds=THRESHOLDS,
     )
     verdict = Verdict.PRUNE if decision.stable else Verdict.PRUNE_UNSTABLE
@@ -171,15 +162,7 @@ def make_run(folder: Path, *, history: bool = True, log: bool = True) -> Path:
     windows = [np.array(window) for window in data["tokens"]]
     decided = ends.index(PRUNE_ITERATION)
     tokens_LE = sum(windows[decided - 3 : decided + 1]).tolist()
-    expert_map = make_expert_map(
-        tokens_LE,
-        data["layer_numbers"],
-        config=LaepConfig(prune_iteration=PRUNE_ITERATION),
-        iteration=PRUNE_ITERATION,
-        top_k=2,
-        expert_parallel_size_before=2,
-        expert_parallel_size_after=2,
-    )
+    expert_map = planned(tokens_LE, data["layer_numbers"], iteration=PRUNE_ITERATION)
     write_pruning(folder, expert_map, tokens_LE)
     if history:
         write_decision(folder, ends, windows, expert_map.alpha)

@@ -248,6 +248,16 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
+def edit_loads(run_dir: Path, change) -> None:
+    """Changes the tokens of the window and of its one part alike."""
+
+    def both(data: dict) -> None:
+        change(data["tokens"])
+        change(data["parts"][0]["tokens"])
+
+    edit(run_dir / FOLDER / "loads.json", both)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -262,21 +272,19 @@ REFUSED = {
         "loads.json: it is not valid",
     ),
     "NaN loads": (
-        lambda d: edit(
-            d / FOLDER / "loads.json", lambda x: x["tokens"][1].__setitem__(0, float("nan"))
-        ),
+        lambda d: edit_loads(d, lambda x: x[1].__setitem__(0, float("nan"))),
         "loads.json: it holds NaN, which is no number",
     ),
     "negative loads": (
-        lambda d: edit(d / FOLDER / "loads.json", lambda x: x["tokens"][1].__setitem__(3, -5)),
+        lambda d: edit_loads(d, lambda x: x[1].__setitem__(3, -5)),
         "loads.json: layer 2: the load of expert 3 is negative: -5",
     ),
     "a layer short": (
-        lambda d: edit(d / FOLDER / "loads.json", lambda x: x["tokens"].pop()),
+        lambda d: edit_loads(d, list.pop),
         "loads.json: it has tokens of 3 layers for 4",
     ),
     "another model's loads": (
-        lambda d: edit(d / FOLDER / "loads.json", lambda x: x["tokens"][0].pop()),
+        lambda d: edit_loads(d, lambda x: x[0].pop()),
         "loads.json: layer 1 has 31 loads, map.json says 32 experts",
     ),
     "another map's table": (
@@ -326,12 +334,17 @@ REFUSED = {
         "table.json: memory_freed_bytes_per_rank must be a number",
     ),
     "other loads": (
-        lambda d: edit(d / FOLDER / "loads.json", lambda x: x["tokens"][1].__setitem__(3, 5)),
+        lambda d: edit_loads(d, lambda x: x[1].__setitem__(3, 5)),
         "loads.json: layer 2 has other loads than map.json was decided on",
     ),
     "loads of another iteration": (
-        lambda d: edit(d / FOLDER / "loads.json", lambda x: x.update(iteration=374)),
+        lambda d: edit(d / FOLDER / "loads.json", lambda x: x.update(iteration=374, parts=None)),
         "loads.json: it was counted up to iteration 374, map.json is of iteration 375",
+    ),
+    "loads of a later version": (
+        lambda d: edit(d / FOLDER / "loads.json", lambda x: x.update(version=2)),
+        "loads.json: it has format 'megatron_laep pruning loads' and version 2, this megatron_laep "
+        "reads 'megatron_laep pruning loads' and 1: use the version that wrote it",
     ),
     "a window before the run": (
         lambda d: edit(d / FOLDER / "loads.json", lambda x: x.update(window=376)),

@@ -20,9 +20,10 @@ import numpy as np
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
-from megatron_laep.plan.pruning import checked_loads
+from megatron_laep.plan.loads import checked_loads
 from megatron_laep.plan.summary import LayerRow, PruningSummary, summarize
 from megatron_laep.records import decision_log, load_log
+from megatron_laep.records.pruning_loads import PruningLoads
 from megatron_laep.records.training_log import TrainingLog, parse_log
 from megatron_laep.settings.thresholds import StabilityThresholds
 
@@ -73,8 +74,9 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
                 if name == "map.json":
                     expert_map = ExpertMap.from_dict(contents[name])
                 elif name == "loads.json":
-                    tokens_LE = _checked_decision_loads(contents[name], expert_map)
-                    loads = load_log.read(path, contents[name])
+                    pruning = PruningLoads.from_dict(contents[name])
+                    _check_loads(pruning, expert_map)
+                    loads = load_log.of_pruning(pruning, path)
                     blocks = loads.blocks(expert_map.expert_parallel_size_before)
                 else:
                     _check_table(contents[name], expert_map, loads.stages, blocks)
@@ -85,8 +87,8 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
                 folder=folder.relative_to(run_dir).as_posix(),
                 expert_map=expert_map,
                 table=contents["table.json"],
-                window=contents["loads.json"]["window"],
-                tokens_LE=tokens_LE,
+                window=pruning.window,
+                tokens_LE=tuple(map(pruning.loads.total, pruning.loads.layer_numbers)),
                 blocks_before=blocks,
             )
         )
@@ -104,34 +106,21 @@ def _check_fields(data: object, names: Sequence[str]) -> None:
         raise ValueError(f"it must be an object with the fields {', '.join(names)}")
 
 
-def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.ndarray, ...]:
-    _check_fields(data, ("iteration", "window", "layer_numbers", "tokens"))
-    if data["iteration"] != expert_map.iteration:
+def _check_loads(pruning: PruningLoads, expert_map: ExpertMap) -> None:
+    """ValueError unless the map was decided on these loads."""
+    if pruning.iteration != expert_map.iteration:
         raise ValueError(
-            f"it was counted up to iteration {data['iteration']!r}, map.json is of iteration "
+            f"it was counted up to iteration {pruning.iteration}, map.json is of iteration "
             f"{expert_map.iteration}: the files are of different prunings"
         )
-    if type(data["window"]) is not int or not 1 <= data["window"] <= expert_map.iteration:
+    if pruning.loads.layer_numbers != expert_map.layer_numbers:
         raise ValueError(
-            f"window must be an integer from 1 to {expert_map.iteration}, got "
-            f"{str(data['window'])[:40]}"
+            f"it has layers {list(pruning.loads.layer_numbers)}, map.json "
+            f"{list(expert_map.layer_numbers)}: they are of different models"
         )
-    if not isinstance(data["tokens"], list):
-        raise ValueError("tokens must be a list")
-    if data["layer_numbers"] != list(expert_map.layer_numbers):
-        raise ValueError(
-            f"it has layers {data['layer_numbers']}, map.json {list(expert_map.layer_numbers)}: "
-            "they are of different models"
-        )
-    if len(data["tokens"]) != len(expert_map.layers):
-        raise ValueError(
-            f"it has tokens of {len(data['tokens'])} layers for {len(expert_map.layers)}: the file "
-            "is incomplete"
-        )
-    checked = []
-    for loads_E, layer in zip(data["tokens"], expert_map.layers, strict=True):
+    for layer in expert_map.layers:
         try:
-            loads = checked_loads(loads_E)
+            loads = checked_loads(pruning.loads.total(layer.layer_number))
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_number}: {error}") from None
         if loads.size != layer.experts_before:
@@ -144,8 +133,6 @@ def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.nda
                 f"layer {layer.layer_number} has other loads than map.json was decided on: the "
                 "files are of different prunings"
             )
-        checked.append(loads)
-    return tuple(checked)
 
 
 def _check_table(
