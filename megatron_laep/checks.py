@@ -36,5 +36,5 @@ def whole_number(value: object, what: str, minimum: int) -> int:
     else:
         shown = str(number)
     if number < minimum:
-        raise ValueError(f"{what} must be an integer of at least {minimum}, got {shown}")
+        raise Refusal(f"{what} must be an integer of at least {minimum}, got {shown}")
     return number
