@@ -119,6 +119,9 @@ def _parse_args(original):
                 f"--yaml-cfg {args.yaml_cfg} replaces the command line, and with it "
                 f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
             )
+        if args.yaml_cfg is None:
+            # From here on it is known what was asked for, and not yet whether the loop is Megatron's.
+            session.expect(session.config or LaepConfig.from_arguments(args))
         # A YAML job does not pass by validate_args, so it could not follow a pruned checkpoint's map.
         allow_pruned_checkpoints(args.yaml_cfg is None)
         return args
@@ -214,8 +217,7 @@ def _setup_model_and_optimizer(original):
                 f"{start.lineage.steps[-1].short_hash}, but no checkpoint was loaded through it; "
                 "give --load"
             )
-        session.running = Running(start, result[0], get_args())
-        session.committed_hash = None
+        session.run(Running(start, result[0], get_args()))
         return result
 
     return setup_model_and_optimizer
