@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from megatron_laep.settings.config import LaepConfig, add_arguments
+from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.flags import add_arguments
 from megatron_laep.settings.thresholds import StabilityThresholds
 
 
@@ -77,7 +78,9 @@ def test_help_can_be_printed():
 
 
 def test_arguments_of_a_parser_without_our_flags():
-    with pytest.raises(ValueError, match="lack laep_prune_iteration, laep_window.*add_arguments"):
+    with pytest.raises(
+        ValueError, match="lack laep_prune_iteration, laep_prune_when_stable.*add_arguments"
+    ):
         LaepConfig.from_arguments(argparse.Namespace(lr=1e-3))
 
 
