@@ -148,7 +148,7 @@ def _report(
         stages=running.layout.stages,
         blocks_before=blocks_before,
     )
-    events.log_text(summary.format_table())
+    events.log_text(summary.format_table(running.layout.num_groups))
     if events.is_rank_0():
         # For the job they are in the checkpoint.
         with events.failure_is_logged(iteration=expert_map.iteration):

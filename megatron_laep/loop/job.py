@@ -17,6 +17,7 @@ from megatron_laep.loop.start import Start
 from megatron_laep.loop.trigger import Trigger
 from megatron_laep.mcore import arguments
 from megatron_laep.mcore.checkpoint import APPLIED, PENDING, Record
+from megatron_laep.mcore.described_model import model_layout
 from megatron_laep.mcore.moe_layer import token_counters
 from megatron_laep.plan import make_map
 from megatron_laep.plan.lineage import Lineage
@@ -58,9 +59,7 @@ class Running:
         self.stats = RoutingStats(
             token_counters(model), stage=parallel_state.get_pipeline_model_parallel_rank()
         )
-        self.layout = arguments.model_layout(
-            args, self.config, self.stats.expert_counts, self.stats.stages
-        )
+        self.layout = model_layout(args, self.config, self.stats.expert_counts, self.stats.stages)
         if self.plan is not None:
             # Only now it is known which stage holds which layer.
             arguments.check_plan(self.plan, self.layout, self.config)

@@ -6,26 +6,20 @@ Every complaint is a ``ValueError`` with the flag, what was given, what is wante
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep.mcore.checkpoint import Record
+from megatron_laep.mcore.described_model import model_layout, moe_layer_numbers, router_groups
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.groups import check_kept_groups
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.rules import AlphaSpec
 from megatron_laep.settings.schedule import Leg
-
-
-def moe_layer_numbers(args: Namespace) -> list[int]:
-    """Megatron's 1-based numbers of the decoder layers that have experts."""
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [int(index % pattern == 0) for index in range(args.num_layers)]
-    return [index + 1 for index, has_experts in enumerate(pattern) if has_experts]
 
 
 def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) -> None:
@@ -82,12 +76,6 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "quantile_balancing" in (balancing if isinstance(balancing, list) else [balancing]),
             "--moe-router-load-balancing-type quantile_balancing",
             "it wants one expert count for all layers; use another type, or none",
-        ),
-        (
-            args.moe_router_num_groups is not None,
-            f"--moe-router-num-groups {args.moe_router_num_groups}",
-            "group-limited routing makes its groups of consecutive expert ids, which a renumbering "
-            "would mix; route without --moe-router-num-groups and --moe-router-group-topk",
         ),
         (
             args.moe_ncclep_static_shape or args.moe_ncclep_zero_copy,
@@ -414,22 +402,6 @@ def read_plan(
     return expert_map
 
 
-def model_layout(
-    args: Namespace,
-    config: LaepConfig,
-    experts: Mapping[int, int],
-    stages: Mapping[int, int] | None = None,
-) -> ModelLayout:
-    """The model with so many experts in each layer now, and the ranks before and after a pruning."""
-    return ModelLayout.of(
-        experts,
-        top_k=args.moe_router_topk,
-        expert_parallel_size_before=args.expert_model_parallel_size,
-        expert_parallel_size_after=config.expert_model_parallel_size,
-        stages=stages,
-    )
-
-
 def check_plan(expert_map: ExpertMap, layout: ModelLayout, config: LaepConfig) -> None:
     """Whether the map of ``--laep-plan`` fits the model and its ranks."""
     try:
@@ -464,6 +436,15 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
             f"{where} keeps {smallest.experts_after} experts; give --moe-router-topk "
             f"{expert_map.top_k} or at most {smallest.experts_after}"
         )
+    groups = router_groups(args)
+    for layer in expert_map.layers if groups is not None else ():
+        try:
+            check_kept_groups(layer.kept, layer.experts_before, layer.experts_per_rank, groups)
+        except ValueError as error:
+            raise ValueError(
+                f"--moe-router-num-groups {groups.num_groups}, but layer {layer.layer_number} of {where} "
+                f"{error}; give the groups that it was pruned with, or none"
+            ) from None
     try:
         layout = expert_map.laid_out_for(args.expert_model_parallel_size)
     except ValueError as error:

@@ -9,10 +9,12 @@ Shape suffixes: W windows, L MoE layers, E experts of a layer before, K after, R
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
+from megatron_laep.plan.groups import check_kept_groups, experts_to_keep_in_groups, place_groups
 from megatron_laep.plan.layout import LayerLayout, ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.pruning import experts_to_keep
@@ -65,15 +67,23 @@ def kept_experts(
 
     Arguments and errors: as in `make_expert_map`.
     """
-    alpha = rules.alpha_spec
+    loads_E = loads.total(layer.layer_number)
+    rule = dict(
+        alpha=rules.alpha_spec.for_layer(layer.layer_number),
+        beta=rules.beta,
+        multiple=rules.multiple_for(layout.expert_parallel_size_after),
+        minimum=fewest_kept(layer, layout, rules),
+    )
     try:
         _check_expert_count(layer, layout, rules)
-        return experts_to_keep(
-            loads.total(layer.layer_number),
-            alpha=alpha.for_layer(layer.layer_number),
-            beta=rules.beta,
-            multiple=rules.multiple_for(layout.expert_parallel_size_after),
-            minimum=fewest_kept(layer, layout, rules),
+        if layout.groups is None:
+            return experts_to_keep(loads_E, **rule)
+        return experts_to_keep_in_groups(
+            loads_E,
+            layout.groups,
+            by_group=rules.group_rule == "group",
+            top_k=layout.top_k,
+            **rule,
         )
     except ValueError as error:
         raise ValueError(f"layer {layer.layer_number}: {error}") from None
@@ -116,10 +126,11 @@ def _placed(
     """The layers of one pipeline stage; kept: of each layer number the ids that stay, ascending."""
     ranks = layout.expert_parallel_size_after
     numbers = [layer.layer_number for layer in stage]
-    placements = place_stage(
+    place = place_stage if layout.groups is None else partial(place_groups, groups=layout.groups)
+    placements = place(
         [loads.tokens[number][:, kept[number]] for number in numbers],
-        ranks,
-        rules.placement,
+        num_ranks=ranks,
+        method=rules.placement,
         uneven=rules.multiple_for(ranks) % ranks > 0,
         fewest=0 if rules.allow_empty_ranks else 1,
         max_spread=rules.max_experts_per_rank_spread,
@@ -163,6 +174,16 @@ def _check_expert_count(layer: LayerLayout, layout: ModelLayout, rules: PruningR
         raise ValueError(
             f"{experts} experts are too few for top-k {layout.top_k} on {ranks} expert-parallel "
             "ranks"
+        )
+    groups = layout.groups
+    if groups is None:
+        return
+    groups.check_ranks(ranks, "the expert-parallel size after pruning")
+    size, fewest = experts // groups.num_groups, groups.fewest_in_group(layout.top_k)
+    if size < fewest:
+        raise ValueError(
+            f"a group of {size} experts is too small for top-k {layout.top_k} from "
+            f"{groups.group_topk} groups (--moe-router-group-topk): it needs {fewest}"
         )
 
 
@@ -211,6 +232,25 @@ def check_plan(
             f"--laep-expert-model-parallel-size {expert_map.expert_parallel_size_after}, or a plan "
             f"for {expert_parallel_size}"
         )
+    if layout.groups is not None:
+        layout.groups.check_ranks(expert_parallel_size, f"{source}: expert-parallel size")
+        for layer in expert_map.layers:
+            try:
+                check_kept_groups(
+                    layer.kept, layer.experts_before, layer.experts_per_rank, layout.groups
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"{source}: layer {layer.layer_number} {error}. Use a plan that was made for "
+                    "these groups"
+                ) from None
+            fewest = layout.groups.fewest_in_group(layout.top_k)
+            size = layer.experts_after // layout.groups.num_groups
+            if size < fewest:
+                raise ValueError(
+                    f"{source}: layer {layer.layer_number} keeps {size} experts in each group, top-k "
+                    f"{layout.top_k} from {layout.groups.group_topk} groups needs {fewest}"
+                )
     counts = {layer.layer_number: np.array(layer.experts_per_rank) for layer in expert_map.layers}
     for number, counts_R in counts.items():
         if not (counts_R.all() or allow_empty_ranks):

@@ -19,6 +19,11 @@ from megatron_laep.checks import exact_decimal
 from megatron_laep.plan.loads import checked_loads
 
 
+def least_busy_first(loads_E: np.ndarray) -> np.ndarray:
+    """Ids by ascending load; ties: lower id first."""
+    return np.argsort(loads_E, kind="stable")
+
+
 def experts_to_prune(loads_E: object, *, alpha: float, beta: float) -> np.ndarray:
     """Algorithm 1 as printed: ids of the experts that the rule prunes, least busy first.
 
@@ -37,7 +42,7 @@ def experts_to_prune(loads_E: object, *, alpha: float, beta: float) -> np.ndarra
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be within 0 and 1, got {beta}")
     total = int(loads.sum())
-    order = np.argsort(loads, kind="stable")
+    order = least_busy_first(loads)
     # For integers, x < b is x <= ceil(b) - 1, and x <= b is x <= floor(b).
     cumulative_bound = math.ceil(exact_decimal(beta) * total) - 1
     individual_bound = total

@@ -114,14 +114,18 @@ class PruningSummary:
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
 
-    def format_table(self) -> str:
-        """The table as text, all layers, then the totals; lines without trailing newline."""
+    def format_table(self, num_groups: int | None = None) -> str:
+        """The table as text, all layers, then the totals; lines without trailing newline.
+
+        num_groups: the groups that the router limits itself to get a column; None: it does not.
+        """
         table = tabulate(
             [
                 (
                     row.layer_number,
                     row.experts_before,
                     row.experts_after,
+                    *([row.experts_after // num_groups] if num_groups else []),
                     _fixed(row.tokens_rerouted_percent, 2),
                     _fixed(row.imbalance_before, 3),
                     _fixed(row.imbalance_after, 3),
@@ -134,6 +138,7 @@ class PruningSummary:
                 "layer",
                 "experts\nbefore",
                 "experts\nafter",
+                *([f"in each of\n{num_groups} groups"] if num_groups else []),
                 "tokens\nre-routed %",
                 "busiest rank\n/ mean before",
                 "busiest rank\n/ mean after",

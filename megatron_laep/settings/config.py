@@ -69,6 +69,7 @@ class LaepConfig:
     max_experts_per_rank_spread: int | None = same_setting(
         PruningRules, "max_experts_per_rank_spread"
     )
+    group_rule: str = same_setting(PruningRules, "group_rule")
     expert_model_parallel_size: int | None = setting(
         None,
         "Expert-parallel size after pruning (default: unchanged).",

@@ -15,6 +15,7 @@ from functools import cached_property
 from megatron_laep.settings.fields import setting
 
 PLACEMENTS = ("balanced", "greedy", "none")
+GROUP_RULES = ("group", "layer")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ class PruningRules:
         metavar="S",
         type=int,
     )
+    group_rule: str = setting(
+        "group",
+        "With --moe-router-num-groups, where all groups of a layer keep as many experts as the one "
+        "that keeps the most. group: alpha and beta are applied to each group by itself, so that a "
+        "busy group does not keep idle experts of the others. layer: to the whole layer "
+        "(default: {default}).",
+        choices=GROUP_RULES,
+    )
 
     @cached_property
     def alpha_spec(self) -> AlphaSpec:
@@ -98,6 +107,11 @@ class PruningRules:
         if self.placement not in PLACEMENTS:
             raise ValueError(
                 f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
+            )
+        if self.group_rule not in GROUP_RULES:
+            raise ValueError(
+                f"--laep-group-rule must be one of {', '.join(GROUP_RULES)}, got "
+                f"{self.group_rule!r}"
             )
         spread = self.max_experts_per_rank_spread
         if spread is not None:

@@ -132,6 +132,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     options.add_rounding(parser)
     options.add_windows(parser)
+    options.add_groups(parser)
     options.add_model_size(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument(

@@ -78,10 +78,6 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
-    "group-limited routing": (
-        {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
-        ["--moe-router-num-groups 4"],
-    ),
     "quantile balancing": (
         {"moe_router_load_balancing_type": "quantile_balancing"},
         ["--moe-router-load-balancing-type quantile_balancing"],
