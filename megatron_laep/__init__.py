@@ -14,12 +14,13 @@ The folders, from those that need nothing to those that run the job; none import
 ``__main__`` is the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``.
 """
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.settings.config import LaepConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["ExpertMap", "LaepConfig", "LayerMap", "install", "run", "uninstall"]
+__all__ = ["ExpertMap", "LaepConfig", "LayerMap", "Refusal", "install", "run", "uninstall"]
 
 
 def __getattr__(name: str):

@@ -6,6 +6,13 @@ import operator
 from fractions import Fraction
 
 
+class Refusal(ValueError):
+    """What was asked for, or given, cannot be done: a sentence with where, got, wanted and what to do.
+
+    The launcher shows the sentence without a traceback; any other exception is a defect, and keeps its.
+    """
+
+
 def exact_decimal(number: float) -> Fraction:
     """The decimal that a user wrote: 0.1 is one tenth here, not the nearest binary float.
 
@@ -29,5 +36,5 @@ def whole_number(value: object, what: str, minimum: int) -> int:
     else:
         shown = str(number)
     if number < minimum:
-        raise ValueError(f"{what} must be an integer of at least {minimum}, got {shown}")
+        raise Refusal(f"{what} must be an integer of at least {minimum}, got {shown}")
     return number

@@ -2,7 +2,7 @@
 # The environment of scripts/quickstart.sh and scripts/test.sh. To be sourced, not run:
 #
 #     source scripts/setup_env.sh
-#     setup_env train            # or: setup_env test; sets VENV_PYTHON
+#     setup_env train            # or: setup_env test, setup_env dev; sets VENV_PYTHON
 #
 # The environment is .venv in the repository: made when it is not there, reused when it is complete,
 # made anew when its Python does not run. To use an environment of your own instead, set
@@ -85,10 +85,10 @@ or say where it is: PYTHON=/path/to/python3.12 $0"
 # is not its business but check_environment.py's: after `test`, `train` needs no installation.
 environment_stamp() {
     "$1" - "$REPOSITORY" <<'PYTHON_CODE'
-import hashlib, pathlib, sys
+import hashlib, json, pathlib, sys, tomllib
 repository = sys.argv[1]
-setup = pathlib.Path(repository, "setup.py").read_bytes()
-print(hashlib.sha256(setup + repository.encode()).hexdigest())
+declared = tomllib.loads(pathlib.Path(repository, "pyproject.toml").read_text())["project"]
+print(hashlib.sha256(json.dumps([declared, repository]).encode()).hexdigest())
 PYTHON_CODE
 }
 
@@ -110,7 +110,7 @@ MEGATRON_LAEP_VENV to have .venv made."
     say "environment: $MEGATRON_LAEP_VENV (MEGATRON_LAEP_VENV)"
 }
 
-# setup_env train|test: makes or reuses the environment and sets VENV_PYTHON.
+# setup_env train|test|dev: makes or reuses the environment and sets VENV_PYTHON.
 setup_env() {
     local extra=$1 venv=$REPOSITORY/.venv stamp_file stamp
     if [ -n "${MEGATRON_LAEP_VENV:-}" ]; then

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from megatron_laep.checks import Refusal
+
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ def check_process(force: bool) -> None:
         name for name in sys.modules if name == "megatron" or name.startswith("megatron.")
     )
     if imported:
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): {imported[0]} is already imported, and the CPU platform "
             "has to be there "
             "before Megatron: call enable() first, or start the script through `python -m "
@@ -53,7 +55,7 @@ def check_process(force: bool) -> None:
             "MEGATRON_LAEP_PLATFORM=cpu"
         )
     if torch.cuda.is_available() and not force:
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): {torch.cuda.device_count()} GPU(s) are visible, wanted "
             "none, because the "
             "CPU platform would leave them unused: unset MEGATRON_LAEP_PLATFORM to train on them, "
@@ -388,7 +390,7 @@ def patch_megatron() -> None:
     try:
         import psutil  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise Refusal(
             "megatron_laep.cpu.enable(): psutil is not installed, and Megatron needs it to save "
             "torch_dist "
             "checkpoints: pip install psutil"
@@ -399,7 +401,7 @@ def patch_megatron() -> None:
         import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
         import megatron.core.tensor_parallel.random as tracker
     except ImportError as error:
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): Megatron-Core cannot be imported ({error}): "
             "pip install 'megatron-core>=0.19,<0.20'"
         ) from error
@@ -426,7 +428,7 @@ def patch_megatron() -> None:
 def _replace(module: Any, name: str, value: Any) -> None:
     """Set ``module.name``, which must exist: a symbol that has moved must not go unnoticed."""
     if not hasattr(module, name):
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): {module.__name__} has no {name!r}, which Megatron-Core "
             "0.19 has: "
             "install megatron-core>=0.19,<0.20"

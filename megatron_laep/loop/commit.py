@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_laep import events
+from megatron_laep.checks import Refusal
 from megatron_laep.events import on_rank_0
 from megatron_laep.loop.job import Running
 from megatron_laep.mcore import checkpoint, model_size
@@ -70,7 +71,7 @@ def commit(
         # Synchronous: nobody would be left to complete an asynchronous save.
         with checkpoint.overridden(args, async_save=False):
             save()
-        raise ValueError(
+        raise Refusal(
             f"{error}. Iteration {iteration} is saved in {args.save} as it was before this "
             f"pruning: go on with a later iteration in the place of {iteration}, or without it"
         ) from error
@@ -105,7 +106,7 @@ def agree_on_plan(
             on_rank_0(lambda: _decide(window, iteration, layout, rules, plan).to_json())
         )
     except ValueError as error:
-        raise ValueError(f"pruning at iteration {iteration}: {error}") from None
+        raise Refusal(f"pruning at iteration {iteration}: {error}") from None
 
 
 def _decide(

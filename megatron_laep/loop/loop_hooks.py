@@ -22,6 +22,7 @@ from megatron.training import training as megatron_training
 from megatron.training.async_utils import maybe_finalize_async_save
 
 from megatron_laep import events
+from megatron_laep.checks import Refusal
 from megatron_laep.loop import commit
 from megatron_laep.loop.job import Running
 from megatron_laep.loop.session import Rebuild, session
@@ -114,7 +115,7 @@ def _parse_args(original):
         args = original(*more, **named)
         given = [word for word in sys.argv[1:] if word.startswith("--laep-")]
         if args.yaml_cfg is not None and (given or session.config is not None):
-            raise ValueError(
+            raise Refusal(
                 f"--yaml-cfg {args.yaml_cfg} replaces the command line, and with it "
                 f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
             )
@@ -195,7 +196,7 @@ def _build_metadata(original):
 def _setup_model_and_optimizer(original):
     def setup_model_and_optimizer(*more, **named):
         if session.start is None and session.config is not None and session.config.enabled:
-            raise ValueError(
+            raise Refusal(
                 "megatron_laep.install(config) asks for a pruning, but the script has not called "
                 "megatron.training.arguments.parse_and_validate_args, where LAEP finds its "
                 "checkpoint; parse the arguments with it"
@@ -208,7 +209,7 @@ def _setup_model_and_optimizer(original):
         with events.timed("build", experts=start.expert_total(), map_state=state):
             result = original(*more, **named)
         if start.pending and not session.loaded:
-            raise ValueError(
+            raise Refusal(
                 f"{start.source}: the model was built for the pending map "
                 f"{start.lineage.steps[-1].short_hash}, but no checkpoint was loaded through it; "
                 "give --load"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
+from megatron_laep.checks import Refusal
 from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.mcore.described_model import model_layout, moe_layer_numbers, router_groups
 from megatron_laep.plan import make_map
@@ -46,13 +47,13 @@ def check_recording(args: Namespace, config: LaepConfig) -> None:
     """What must hold for a job that records its loads, whether it prunes or not."""
     flag = f"--laep-record-interval {config.record_interval}"
     if args.save is None:
-        raise ValueError(f"{flag} needs --save: the record goes to SAVE/laep; give --save FOLDER")
+        raise Refusal(f"{flag} needs --save: the record goes to SAVE/laep; give --save FOLDER")
     if args.num_experts is None or not moe_layer_numbers(args):
-        raise ValueError(
+        raise Refusal(
             f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
         )
     if args.hybrid_layer_pattern is not None or args.mtp_num_layers:
-        raise ValueError(
+        raise Refusal(
             f"{flag} is not supported with --hybrid-layer-pattern or --mtp-num-layers: their layers "
             "would not be told apart; remove the flag"
         )
@@ -139,12 +140,12 @@ def _check_job_supported(args: Namespace, config: LaepConfig, legs: Sequence[Leg
     """Refuses jobs in which there is nothing to prune, no way to, or nothing to decide it on."""
     if args.num_experts is None or not moe_layer_numbers(args):
         why = "--num-experts is not given" if args.num_experts is None else "see --moe-layer-freq"
-        raise ValueError(
+        raise Refusal(
             f"{config.prune_flag}: the model has no MoE layer ({why}), "
             "so there is nothing to prune; remove the --laep flags"
         )
     if args.save is None:
-        raise ValueError(
+        raise Refusal(
             f"{config.prune_flag} needs --save: the pruning goes "
             "through a checkpoint; give --save FOLDER"
         )
@@ -265,14 +266,14 @@ def _refuse(unsupported: list[tuple[bool, str, str]], situation: str) -> None:
     """Complains about the first of (is given, flag, reason and remedy) that is given."""
     for given, flag, reason in unsupported:
         if given:
-            raise ValueError(f"{flag} is not supported {situation}: {reason}")
+            raise Refusal(f"{flag} is not supported {situation}: {reason}")
 
 
 def _check_iterations(args: Namespace, legs: Sequence[Leg]) -> None:
     last, flag = _training_iterations(args)
     for leg in legs:
         if leg.end >= last:
-            raise ValueError(
+            raise Refusal(
                 f"--laep-prune-iteration {leg.end} is not before the end of training ({last} "
                 f"iterations, from {flag}): the pruned model would never be trained; prune at "
                 f"{last - 1} or before, or train longer"
@@ -280,7 +281,7 @@ def _check_iterations(args: Namespace, legs: Sequence[Leg]) -> None:
         boundaries = [(start, "a window begins") for start in leg.window_starts]
         for iteration, meaning in (*boundaries, (leg.end, "pruning")):
             if iteration in args.iterations_to_skip:
-                raise ValueError(
+                raise Refusal(
                     f"--iterations-to-skip skips iteration {iteration}, after which comes {meaning}; "
                     "choose another --laep-prune-iteration or --laep-window"
                 )
@@ -292,7 +293,7 @@ def _training_iterations(args: Namespace) -> tuple[int, str]:
     if args.train_iters:
         return args.train_iters, f"--train-iters {args.train_iters}"
     if not args.train_samples:
-        raise ValueError(
+        raise Refusal(
             "--laep-prune-iteration needs --train-iters or --train-samples, to tell whether the "
             "job gets there"
         )
@@ -322,13 +323,13 @@ def _check_sizes(args: Namespace, config: LaepConfig) -> None:
     if config.expert_model_parallel_size is not None:
         size, flag = config.expert_model_parallel_size, "--laep-expert-model-parallel-size"
     if args.num_experts % size:
-        raise ValueError(
+        raise Refusal(
             f"{flag} {size} does not divide --num-experts {args.num_experts}; choose a size that "
             "divides it"
         )
     ranks_of_a_model = args.expert_tensor_parallel_size * size * args.pipeline_model_parallel_size
     if args.world_size % ranks_of_a_model:
-        raise ValueError(
+        raise Refusal(
             f"{flag} {size}: {args.world_size} ranks do not divide by expert tensor parallel size "
             f"{args.expert_tensor_parallel_size} x expert model parallel size {size} x pipeline "
             f"parallel size {args.pipeline_model_parallel_size} = {ranks_of_a_model}; choose a "
@@ -338,7 +339,7 @@ def _check_sizes(args: Namespace, config: LaepConfig) -> None:
     if multiple % size:
         _refuse_with_uneven(args, f"--laep-expert-multiple {multiple}")
     if args.num_experts % multiple:
-        raise ValueError(
+        raise Refusal(
             f"--laep-expert-multiple {multiple} does not divide --num-experts {args.num_experts}, "
             "so a layer from which nothing is pruned could not be rounded up to it; choose a "
             "multiple that divides it"
@@ -351,7 +352,7 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
     """What Megatron would complain about only in the rebuild, with the pruning behind it."""
     flag = f"--laep-expert-model-parallel-size {size}"
     if replicas % args.num_distributed_optimizer_instances:
-        raise ValueError(
+        raise Refusal(
             f"{flag} leaves {replicas} replicas of each expert, which "
             "--num-distributed-optimizer-instances "
             f"{args.num_distributed_optimizer_instances} does not divide; choose another size, or "
@@ -362,13 +363,13 @@ def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
         and args.pipeline_model_parallel_size > 1
         and replicas != args.data_parallel_size
     ):
-        raise ValueError(
+        raise Refusal(
             f"{flag} leaves {replicas} replicas of each expert and {args.data_parallel_size} of "
             "the other weights, which --use-tp-pp-dp-mapping wants to be equal; remove it, or keep "
             "the size"
         )
     if args.overlap_moe_expert_parallel_comm and size == 1:
-        raise ValueError(
+        raise Refusal(
             f"{flag} leaves nothing for --overlap-moe-expert-parallel-comm to overlap, which "
             "Megatron refuses; remove it, or choose a size of at least 2"
         )
@@ -385,7 +386,7 @@ def read_plan(
     """
     path = Path(config.plan)
     if len(prunings) > 1:
-        raise ValueError(
+        raise Refusal(
             f"--laep-plan {path} is the map of one pruning, and {len(prunings)} are still to come "
             f"(--laep-prune-iteration {' '.join(map(str, prunings))}): give one iteration, and "
             "relaunch with the next iteration and its plan after it, or leave out --laep-plan"
@@ -396,7 +397,7 @@ def read_plan(
     try:
         expert_map = ExpertMap.from_json(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"--laep-plan {path}: {error}") from error
+        raise Refusal(f"--laep-plan {path}: {error}") from error
     check_plan(expert_map, model_layout(args, config, experts), config)
     _check_uneven(expert_map, args, f"--laep-plan {path}")
     return expert_map
@@ -407,7 +408,7 @@ def check_plan(expert_map: ExpertMap, layout: ModelLayout, config: LaepConfig) -
     try:
         make_map.check_plan(expert_map, layout, allow_empty_ranks=config.allow_empty_ranks)
     except ValueError as error:
-        raise ValueError(f"--laep-plan {config.plan}: {error}") from error
+        raise Refusal(f"--laep-plan {config.plan}: {error}") from error
 
 
 def check_model(record: Record, args: Namespace, where: object) -> None:
@@ -418,20 +419,20 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
     expert_map = record.lineage.composed
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()
     if expert_map.layer_numbers != numbers:
-        raise ValueError(
+        raise Refusal(
             f"{where} was pruned with MoE layers {list(expert_map.layer_numbers)}, the arguments "
             f"describe MoE layers {list(numbers)}; give the arguments of the job that saved it"
         )
     before = {layer.experts_before for layer in expert_map.layers}
     if before != {args.num_experts}:
-        raise ValueError(
+        raise Refusal(
             f"{where} was pruned from --num-experts {'/'.join(map(str, sorted(before)))}, got "
             f"--num-experts {args.num_experts}; give the number from before pruning, the map says "
             "how many each layer has now"
         )
     if args.moe_router_topk > min(layer.experts_after for layer in expert_map.layers):
         smallest = min(expert_map.layers, key=lambda layer: layer.experts_after)
-        raise ValueError(
+        raise Refusal(
             f"--moe-router-topk {args.moe_router_topk}, but layer {smallest.layer_number} of "
             f"{where} keeps {smallest.experts_after} experts; give --moe-router-topk "
             f"{expert_map.top_k} or at most {smallest.experts_after}"
@@ -441,14 +442,14 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
         try:
             check_kept_groups(layer.kept, layer.experts_before, layer.experts_per_rank, groups)
         except ValueError as error:
-            raise ValueError(
+            raise Refusal(
                 f"--moe-router-num-groups {groups.num_groups}, but layer {layer.layer_number} of {where} "
                 f"{error}; give the groups that it was pruned with, or none"
             ) from None
     try:
         layout = expert_map.laid_out_for(args.expert_model_parallel_size)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise Refusal(f"{where}: {error}") from error
     _check_uneven(layout, args, where)
 
 

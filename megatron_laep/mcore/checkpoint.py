@@ -33,6 +33,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.training import checkpointing
 from torch.distributed import distributed_c10d
 
+from megatron_laep.checks import Refusal
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_state import (
     adapt_common_state,
@@ -115,7 +116,7 @@ class Record:
             return Record(iteration=iteration, is_laep=False)
         record = entry.record if isinstance(entry, PrunedCheckpoint) else entry
         if record["version"] != _RECORD_VERSION:
-            raise ValueError(
+            raise Refusal(
                 f"{where}: its LAEP record has version {record['version']}, this megatron_laep reads "
                 f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
             )
@@ -123,7 +124,7 @@ class Record:
         try:
             lineage = Lineage(tuple(map(ExpertMap.from_json, record["lineage"])))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise Refusal(f"{where}: {error}") from error
         return Record(
             lineage=lineage,
             map_state=record["map_state"],
@@ -185,7 +186,7 @@ def _tracked_iteration(folder: str) -> tuple[int, bool] | None:
         return 0, True
     if text.isdecimal():
         return int(text), False
-    raise ValueError(
+    raise Refusal(
         f"{tracker}: got {text!r}, wanted the iteration of the latest checkpoint; a job that is "
         "killed while it writes this file leaves it empty. Write the iteration of the newest complete "
         "checkpoint folder beside it (one with a metadata.json) into the file"
@@ -310,7 +311,7 @@ def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> N
         copies = Counter(old for rank in ranks for old in rank.get(layer_map.layer_number, ()))
         replicas = max(copies.values(), default=0)
         if replicas == 0 or copies != {old: replicas for old in layer_map.kept}:
-            raise ValueError(
+            raise Refusal(
                 f"layer {layer_map.layer_number}: the ranks of the job would load the old experts "
                 f"{sorted(copies)}, the map keeps "
                 f"{sorted(layer_map.kept)}, each once in every replica; the model was not built for "

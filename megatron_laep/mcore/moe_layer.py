@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_laep.checks import Refusal
 from megatron_laep.mcore.sharding import place_entries
 from megatron_laep.mcore.slot_table import SlotTable
 from megatron_laep.mcore.token_dispatcher import DISPATCHERS
@@ -101,7 +102,7 @@ class LaepMoELayer(MoELayer):
         if self.read_through is None and self._table is None:
             return entries
         if sharded_offsets:
-            raise ValueError(
+            raise Refusal(
                 f"layer {self.layer_number}: the checkpoint stacks its layers along an axis "
                 f"(offsets {sharded_offsets}), which has no room for layers with different experts; "
                 "checkpoints of pruned models are written with one key for each layer"
@@ -182,7 +183,7 @@ def find_layers(model: list[torch.nn.Module]) -> dict[int, LaepMoELayer]:
             if isinstance(module, LaepMoELayer):
                 layers[module.layer_number] = module
             elif isinstance(module, MoELayer):
-                raise ValueError(
+                raise Refusal(
                     f"{name} is a {type(module).__name__}, wanted megatron_laep's LaepMoELayer: its "
                     "layer spec was made before megatron_laep.install(), or does not take MoELayer "
                     "from megatron.core.models.gpt.moe_module_specs; install first, or name "

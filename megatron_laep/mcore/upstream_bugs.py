@@ -30,6 +30,7 @@ from typing import Any
 import megatron.core
 import torch
 
+from megatron_laep.checks import Refusal
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.optimizer_state import ranges_without_padding
 
@@ -110,7 +111,7 @@ class Findings:
         """
         for bug in BUGS:
             if bug.name in self.unknown and args.save and bug.at_stake(args, prunes):
-                raise ValueError(
+                raise Refusal(
                     f"--use-distributed-optimizer: whether {bug.effect} cannot be found out with "
                     f"megatron-core {_version()} ({self.unknown[bug.name]}), so this job "
                     f"might write checkpoints that are of no use; {bug.remedy}"

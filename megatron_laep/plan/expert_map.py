@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from megatron_laep.checks import Refusal
 from megatron_laep.json_text import parse_json
 
 SCHEMA_VERSION = 1
@@ -32,26 +33,26 @@ def _plain_int(value: object, what: str, minimum: int) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{what} must be an integer, got {value!r}") from None
+        raise Refusal(f"{what} must be an integer, got {value!r}") from None
     if number < minimum:
-        raise ValueError(f"{what} must be at least {minimum}, got {number}")
+        raise Refusal(f"{what} must be at least {minimum}, got {number}")
     return number
 
 
 def _plain_ints(values: object, what: str, minimum: int) -> tuple[int, ...]:
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise ValueError(f"{what} must be a list of integers, got {values!r}")
+        raise Refusal(f"{what} must be a list of integers, got {values!r}")
     return tuple(_plain_int(value, f"{what}[{i}]", minimum) for i, value in enumerate(values))
 
 
 def _checked_keys(data: object, known: Iterable[str], where: str) -> Mapping[str, object]:
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must be a JSON object, got {type(data).__name__}")
+        raise Refusal(f"{where} must be a JSON object, got {type(data).__name__}")
     known = set(known)
     for kind, names in (("unknown", set(data) - known), ("missing", known - set(data))):
         if names:
             listed = ", ".join(sorted(map(str, names)))
-            raise ValueError(
+            raise Refusal(
                 f"{where} has {kind} fields: {listed}. It was written by another version of "
                 "megatron_laep, or edited: make it anew"
             )
@@ -95,27 +96,27 @@ class LayerMap:
         for name, value in converted.items():
             object.__setattr__(self, name, value)
         if not self.kept:
-            raise ValueError(f"{where} keeps no expert: a layer needs at least 1")
+            raise Refusal(f"{where} keeps no expert: a layer needs at least 1")
         if max(self.kept) >= self.experts_before:
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps expert {max(self.kept)}, but has {self.experts_before} experts "
                 f"(ids 0 to {self.experts_before - 1})"
             )
         if len(set(self.kept)) != len(self.kept):
             twice = next(i for i in self.kept if self.kept.count(i) > 1)
-            raise ValueError(f"{where} keeps expert {twice} more than once")
+            raise Refusal(f"{where} keeps expert {twice} more than once")
         if sum(self.experts_per_rank) != len(self.kept):
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps {len(self.kept)} experts, but experts_per_rank "
                 f"{list(self.experts_per_rank)} sums to {sum(self.experts_per_rank)}"
             )
         if self.loads and len(self.loads) != self.experts_before:
-            raise ValueError(
+            raise Refusal(
                 f"{where} has {len(self.loads)} loads for {self.experts_before} experts: give one "
                 "for each old expert, or none"
             )
         if sum(self.loads) >= 2**63:
-            raise ValueError(
+            raise Refusal(
                 f"{where}: the loads sum to {sum(self.loads)}, more than 64-bit integers hold"
             )
 
@@ -139,7 +140,7 @@ def equal_blocks(num_experts: int, expert_parallel_size: int, layer_number: int)
     """Experts on each EP rank, equal counts; ValueError if they do not divide."""
     ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
     if num_experts % ranks:
-        raise ValueError(
+        raise Refusal(
             f"layer {layer_number} keeps {num_experts} experts, not divisible by "
             f"expert-model-parallel-size {ranks}: use an expert-model-parallel-size that divides "
             f"{num_experts}, or a map made with --laep-expert-multiple {ranks}"
@@ -154,7 +155,7 @@ def near_equal_blocks(expert_counts: Sequence[int], ranks: int) -> tuple[tuple[i
     Errors: ValueError if all layers together have fewer experts than there are ranks.
     """
     if sum(expert_counts) < ranks:
-        raise ValueError(
+        raise Refusal(
             f"the {sum(expert_counts)} experts of all layers are too few for expert-model-parallel-"
             f"size {ranks}: use at most {sum(expert_counts)}"
         )
@@ -206,37 +207,37 @@ class ExpertMap:
             object.__setattr__(self, name, _plain_int(getattr(self, name), name, minimum))
         for name in ("alpha", "placement"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
+                raise Refusal(f"{name} must be a string, got {getattr(self, name)!r}")
         if isinstance(self.beta, bool | str) or not hasattr(self.beta, "__float__"):
-            raise ValueError(f"beta must be a number, got {self.beta!r}")
+            raise Refusal(f"beta must be a number, got {self.beta!r}")
         object.__setattr__(self, "beta", float(self.beta))
         if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise ValueError(f"beta must be within 0 and 1, got {self.beta}")
+            raise Refusal(f"beta must be within 0 and 1, got {self.beta}")
         layers = tuple(self.layers)
         if not layers or not all(isinstance(layer, LayerMap) for layer in layers):
-            raise ValueError(f"layers must be one or more LayerMap values, got {self.layers!r}")
+            raise Refusal(f"layers must be one or more LayerMap values, got {self.layers!r}")
         object.__setattr__(
             self, "layers", tuple(sorted(layers, key=lambda layer: layer.layer_number))
         )
         if len(set(self.layer_numbers)) != len(layers):
-            raise ValueError(f"a layer occurs more than once in {list(self.layer_numbers)}")
+            raise Refusal(f"a layer occurs more than once in {list(self.layer_numbers)}")
         for layer in self.layers:
             self._check_layer(layer)
 
     def _check_layer(self, layer: LayerMap) -> None:
         where = f"layer {layer.layer_number}"
         if len(layer.experts_per_rank) != self.expert_parallel_size_after:
-            raise ValueError(
+            raise Refusal(
                 f"{where} is laid out for {len(layer.experts_per_rank)} ranks, the map for "
                 f"expert_parallel_size_after {self.expert_parallel_size_after}"
             )
         if layer.experts_after < self.top_k:
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps {layer.experts_after} experts, fewer than top_k {self.top_k}: "
                 "a token could not be routed"
             )
         if layer.experts_after % self.expert_multiple:
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps {layer.experts_after} experts, not a multiple of "
                 f"expert_multiple {self.expert_multiple}"
             )
@@ -256,7 +257,7 @@ class ExpertMap:
         for layer in self.layers:
             if layer.layer_number == layer_number:
                 return layer
-        raise ValueError(
+        raise Refusal(
             f"the expert map has no layer {layer_number}: it has layers {list(self.layer_numbers)}"
         )
 
@@ -329,10 +330,10 @@ class ExpertMap:
         wrong values.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"an expert map must be a JSON object, got {type(data).__name__}")
+            raise Refusal(f"an expert map must be a JSON object, got {type(data).__name__}")
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(
+            raise Refusal(
                 f"the expert map has schema version {version!r}, this megatron_laep reads "
                 f"{SCHEMA_VERSION}: use the version of megatron_laep that wrote it"
             )
@@ -340,7 +341,7 @@ class ExpertMap:
         content = {name: value for name, value in data.items() if name != "hash"}
         _checked_keys(content, [*names, "schema_version"], "the expert map")
         if not isinstance(content["layers"], list | tuple):
-            raise ValueError(f"layers must be a list, got {content['layers']!r}")
+            raise Refusal(f"layers must be a list, got {content['layers']!r}")
         layer_names = [field.name for field in fields(LayerMap)]
         content["layers"] = tuple(
             LayerMap(**_checked_keys(layer, layer_names, f"layers[{i}] of the expert map"))
@@ -348,7 +349,7 @@ class ExpertMap:
         )
         expert_map = cls(**{name: content[name] for name in names})
         if "hash" in data and data["hash"] != expert_map.hash:
-            raise ValueError(
+            raise Refusal(
                 f"the expert map says hash {data['hash']!r}, but its content has "
                 f"{expert_map.hash!r}: it was damaged or edited. Restore it, or remove the hash "
                 "field if the change is meant"
@@ -464,14 +465,14 @@ def compose(first: ExpertMap, second: ExpertMap) -> ExpertMap:
     Errors: ValueError if `second` was not made on that model (other layers or expert counts).
     """
     if first.layer_numbers != second.layer_numbers:
-        raise ValueError(
+        raise Refusal(
             f"the first map has layers {list(first.layer_numbers)}, the second "
             f"{list(second.layer_numbers)}: both must describe the same model"
         )
     layers = []
     for one, two in zip(first.layers, second.layers, strict=True):
         if one.experts_after != two.experts_before:
-            raise ValueError(
+            raise Refusal(
                 f"layer {one.layer_number}: the first map leaves {one.experts_after} experts, the "
                 f"second starts from {two.experts_before}"
             )

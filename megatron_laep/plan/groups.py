@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_laep.checks import whole_number
+from megatron_laep.checks import Refusal, whole_number
 from megatron_laep.plan.pruning import experts_to_prune, least_busy_first
 from megatron_laep.plan.stage_placement import Placement, place_stage
 
@@ -50,7 +50,7 @@ class RouterGroups:
         if self.num_groups % num_ranks and num_ranks % self.num_groups:
             divisors = [n for n in range(1, self.num_groups) if self.num_groups % n == 0]
             wanted = ", ".join(map(str, divisors))
-            raise ValueError(
+            raise Refusal(
                 f"{name} {num_ranks} would cut the {self.num_groups} groups of "
                 f"--moe-router-num-groups unevenly: use {wanted + ' or ' if wanted else ''}"
                 f"a multiple of {self.num_groups}"
@@ -163,11 +163,11 @@ def check_kept_groups(
     """Whether a layer's given order leaves its groups whole. Errors: ValueError, a clause."""
     G = groups.num_groups
     if len(kept) % G or experts_before % G:
-        raise ValueError(f"keeps {len(kept)} of {experts_before} experts in {G} groups")
+        raise Refusal(f"keeps {len(kept)} of {experts_before} experts in {G} groups")
     size, before = len(kept) // G, experts_before // G
     found = [{old // before for old in kept[g * size : (g + 1) * size]} for g in range(G)]
     if any(len(groups_of) > 1 for groups_of in found) or len(set.union(*found)) < G:
-        raise ValueError(
+        raise Refusal(
             f"mixes the {G} groups of --moe-router-num-groups: each {size} experts in a row must be "
             "of one group, and of each group equally many"
         )
@@ -175,6 +175,4 @@ def check_kept_groups(
     if per_group > 1:
         blocks = np.reshape(experts_per_rank, (G, per_group)).sum(axis=1)
         if (blocks != size).any():
-            raise ValueError(
-                f"has groups that begin or end in the middle of their {per_group} ranks"
-            )
+            raise Refusal(f"has groups that begin or end in the middle of their {per_group} ranks")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_laep.checks import whole_number
+from megatron_laep.checks import Refusal, whole_number
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.groups import RouterGroups
 
@@ -50,7 +50,7 @@ class ModelLayout:
     def __post_init__(self) -> None:
         numbers = [layer.layer_number for layer in self.layers]
         if not numbers or numbers != sorted(set(numbers)):
-            raise ValueError(f"the MoE layers must be ascending, each one once, got {numbers}")
+            raise Refusal(f"the MoE layers must be ascending, each one once, got {numbers}")
         for layer in self.layers:
             whole_number(layer.layer_number, "a layer's number", 1)
             whole_number(layer.experts, f"layer {layer.layer_number}: the experts", 1)
@@ -58,7 +58,7 @@ class ModelLayout:
             whole_number(getattr(self, name), name, 1)
         for layer in self.layers if self.groups is not None else ():
             if layer.experts % self.groups.num_groups:
-                raise ValueError(
+                raise Refusal(
                     f"layer {layer.layer_number} has {layer.experts} experts, which are not "
                     f"{self.groups.num_groups} equal groups (--moe-router-num-groups)"
                 )
@@ -82,7 +82,7 @@ class ModelLayout:
         if stages is None:
             stages = dict.fromkeys(experts, 0)
         if set(stages) != set(experts):
-            raise ValueError(
+            raise Refusal(
                 f"there are pipeline stages of layers {sorted(stages)} for {sorted(experts)}"
             )
         return ModelLayout(

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.plan.groups import check_kept_groups, experts_to_keep_in_groups, place_groups
 from megatron_laep.plan.layout import LayerLayout, ModelLayout
@@ -68,11 +69,10 @@ def kept_experts(
     Arguments and errors: as in `make_expert_map`.
     """
     loads_E = loads.total(layer.layer_number)
-    alpha = rules.alpha_spec
     try:
         _check_expert_count(layer, layout, rules)
         rule = dict(
-            alpha=alpha.for_layer(layer.layer_number),
+            alpha=rules.alpha_spec.for_layer(layer.layer_number),
             beta=rules.beta,
             multiple=rules.multiple_for(layout.expert_parallel_size_after),
             minimum=fewest_kept(layer, layout, rules),
@@ -87,7 +87,7 @@ def kept_experts(
             **rule,
         )
     except ValueError as error:
-        raise ValueError(f"layer {layer.layer_number}: {error}") from None
+        raise Refusal(f"layer {layer.layer_number}: {error}") from None
 
 
 def check_counts(layout: ModelLayout, rules: PruningRules) -> None:
@@ -100,18 +100,18 @@ def check_counts(layout: ModelLayout, rules: PruningRules) -> None:
             _check_expert_count(layer, layout, rules)
         except ValueError as error:
             number = layer.layer_number
-            raise ValueError(f"layer {number}, as the model is now: {error}") from None
+            raise Refusal(f"layer {number}, as the model is now: {error}") from None
 
 
 def _check_same_model(loads: Loads, layout: ModelLayout) -> None:
     if set(loads.layer_numbers) != set(layout.layer_numbers):
-        raise ValueError(
+        raise Refusal(
             f"there are loads of layers {sorted(loads.layer_numbers)} for a model with MoE layers "
             f"{list(layout.layer_numbers)}"
         )
     for number, experts in layout.experts.items():
         if loads.experts[number] != experts:
-            raise ValueError(
+            raise Refusal(
                 f"layer {number} has loads of {loads.experts[number]} experts, the model has "
                 f"{experts}"
             )
@@ -166,13 +166,13 @@ def _check_expert_count(layer: LayerLayout, layout: ModelLayout, rules: PruningR
     ranks, experts = layout.expert_parallel_size_after, layer.experts
     multiple = rules.multiple_for(ranks)
     if experts % multiple:
-        raise ValueError(
+        raise Refusal(
             f"{experts} experts are not a multiple of {multiple} (--laep-expert-multiple, or "
             "the expert-parallel size after pruning): use a divisor of "
             f"{experts} for --laep-expert-multiple and --laep-expert-model-parallel-size"
         )
     if experts < fewest_kept(layer, layout, rules):
-        raise ValueError(
+        raise Refusal(
             f"{experts} experts are too few for top-k {layout.top_k} on {ranks} expert-parallel "
             "ranks"
         )
@@ -182,7 +182,7 @@ def _check_expert_count(layer: LayerLayout, layout: ModelLayout, rules: PruningR
     groups.check_ranks(ranks, "the expert-parallel size after pruning")
     size, fewest = experts // groups.num_groups, groups.fewest_in_group(layout.top_k)
     if size < fewest:
-        raise ValueError(
+        raise Refusal(
             f"a group of {size} experts is too small for top-k {layout.top_k} from "
             f"{groups.group_topk} groups (--moe-router-group-topk): it needs {fewest}"
         )
@@ -221,13 +221,13 @@ def check_plan(
             f"it is for top-k {expert_map.top_k}, the model has top-k {layout.top_k}"
         )
     if differences:
-        raise ValueError(
+        raise Refusal(
             f"{source} was made for another model: {'; '.join(differences)}. Use the plan of this "
             "model, or leave out --laep-plan to compute one"
         )
     expert_parallel_size = layout.expert_parallel_size_after
     if expert_map.expert_parallel_size_after != expert_parallel_size:
-        raise ValueError(
+        raise Refusal(
             f"{source} places experts on {expert_map.expert_parallel_size_after} expert-parallel "
             f"ranks, the job has {expert_parallel_size} after pruning: use "
             f"--laep-expert-model-parallel-size {expert_map.expert_parallel_size_after}, or a plan "
@@ -241,21 +241,21 @@ def check_plan(
                     layer.kept, layer.experts_before, layer.experts_per_rank, layout.groups
                 )
             except ValueError as error:
-                raise ValueError(
+                raise Refusal(
                     f"{source}: layer {layer.layer_number} {error}. Use a plan that was made for "
                     "these groups"
                 ) from None
             fewest = layout.groups.fewest_in_group(layout.top_k)
             size = layer.experts_after // layout.groups.num_groups
             if size < fewest:
-                raise ValueError(
+                raise Refusal(
                     f"{source}: layer {layer.layer_number} keeps {size} experts in each group, top-k "
                     f"{layout.top_k} from {layout.groups.group_topk} groups needs {fewest}"
                 )
     counts = {layer.layer_number: np.array(layer.experts_per_rank) for layer in expert_map.layers}
     for number, counts_R in counts.items():
         if not (counts_R.all() or allow_empty_ranks):
-            raise ValueError(
+            raise Refusal(
                 f"{source} gives rank {int(counts_R.argmin())} no expert of layer {number}: add "
                 "--laep-allow-empty-ranks, or use a plan with one on each rank"
             )
@@ -263,7 +263,7 @@ def check_plan(
         numbers = [layer.layer_number for layer in layers]
         held_R = sum(counts[number] for number in numbers)
         if not held_R.all():
-            raise ValueError(
+            raise Refusal(
                 f"{source} gives rank {int(held_R.argmin())} no expert of any of the layers "
                 f"{numbers} of a pipeline stage: it would have no expert to optimize; use a plan "
                 "with at least one on each rank"

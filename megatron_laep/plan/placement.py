@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.loads import checked_loads
 
 
@@ -34,7 +35,7 @@ def greedy_ranks(loads_K: object, num_ranks: int, *, equal: bool = True) -> np.n
     """
     loads = checked_loads(loads_K)
     if num_ranks < 1:
-        raise ValueError(f"the number of ranks must be at least 1, got {num_ranks}")
+        raise Refusal(f"the number of ranks must be at least 1, got {num_ranks}")
     room, one_more = divmod(loads.size, num_ranks)
     rank_K = np.empty(loads.size, dtype=np.int64)
     counts = [0] * num_ranks
@@ -62,9 +63,7 @@ def rank_loads(loads_K: Sequence[int], experts_per_rank: Sequence[int]) -> np.nd
     """
     loads = np.asarray(loads_K, dtype=np.int64)
     if sum(experts_per_rank) != loads.size:
-        raise ValueError(
-            f"{loads.size} loads do not fit {sum(experts_per_rank)} experts on the ranks"
-        )
+        raise Refusal(f"{loads.size} loads do not fit {sum(experts_per_rank)} experts on the ranks")
     blocks = np.split(loads, np.cumsum(experts_per_rank)[:-1])
     return np.array([block.sum() for block in blocks], dtype=np.int64)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from tabulate import tabulate
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.placement import imbalance, imbalance_bound, rank_loads
@@ -219,7 +220,7 @@ def summarize(
     Errors: ValueError for a pipeline_parallel_size below 1.
     """
     if pipeline_parallel_size < 1:
-        raise ValueError(f"pipeline_parallel_size must be at least 1, got {pipeline_parallel_size}")
+        raise Refusal(f"pipeline_parallel_size must be at least 1, got {pipeline_parallel_size}")
     ranks_before = expert_map.expert_parallel_size_before
     experts_before = sum(layer.experts_before for layer in expert_map.layers)
     experts_after = sum(layer.experts_after for layer in expert_map.layers)

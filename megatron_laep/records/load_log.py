@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import near_equal_blocks
 from megatron_laep.plan.loads import Loads
@@ -120,7 +121,7 @@ class LoadLog:
 
     def _check_windows(self, windows: int) -> None:
         if not 1 <= windows <= self.num_windows:
-            raise ValueError(
+            raise Refusal(
                 f"{self.source} holds {self.num_windows} windows: the last {windows} were asked for"
             )
 
@@ -131,7 +132,7 @@ class LoadLog:
         """
         seen = self.last_iterations <= iteration
         if not seen.any():
-            raise ValueError(
+            raise Refusal(
                 f"{self.source} has no window that ends at iteration {iteration} or before: "
                 f"the first one ends at {self.last_iterations[0]}"
             )
@@ -152,7 +153,7 @@ class LoadLog:
         """
         ranks = expert_parallel_size or int(self.expert_parallel_sizes[index])
         if not ranks:
-            raise ValueError(f"{self.source} does not say on how many expert-parallel ranks it was")
+            raise Refusal(f"{self.source} does not say on how many expert-parallel ranks it was")
         rows = zip(self.window(index), self.blocks(ranks), strict=True)
         return np.stack([rank_loads(row, counts) for row, counts in rows])
 
@@ -166,7 +167,7 @@ class LoadLog:
         try:
             return near_equal_blocks(self.expert_counts, expert_parallel_size)
         except ValueError as error:
-            raise ValueError(f"{self.source}: {error}") from None
+            raise Refusal(f"{self.source}: {error}") from None
 
 
 def read(path: str | os.PathLike, data: object = None) -> LoadLog:
@@ -186,11 +187,11 @@ def read(path: str | os.PathLike, data: object = None) -> LoadLog:
             return _read_log(path)
         return _from_json(read_json(path) if data is None else data, path)
     except OSError as error:
-        raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+        raise Refusal(f"{error.filename or path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         # The header's sentences name the header, which differs in its ending.
         prefix = "" if str(path.with_suffix("")) in str(error) else f"{path}: "
-        raise ValueError(f"{prefix}{error}") from None
+        raise Refusal(f"{prefix}{error}") from None
 
 
 def find_logs(folder: Path) -> list[Path]:
@@ -206,16 +207,16 @@ def find_logs(folder: Path) -> list[Path]:
 
 def _find(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{path}: there is no such file or folder")
+        raise Refusal(f"{path}: there is no such file or folder")
     if not path.is_dir():
         return path
     logs = find_logs(path) or find_logs(path / "laep")
     if len(logs) == 1:
         return logs[0]
     if not logs:
-        raise ValueError(f"{path} holds no recorded loads (loads-*.bin with its .json)")
+        raise Refusal(f"{path} holds no recorded loads (loads-*.bin with its .json)")
     listed = ", ".join(str(log) for log in logs)
-    raise ValueError(f"{path} holds {len(logs)} logs, one for each model: name one of {listed}")
+    raise Refusal(f"{path} holds {len(logs)} logs, one for each model: name one of {listed}")
 
 
 def _read_log(path: Path) -> LoadLog:
@@ -227,7 +228,7 @@ def _read_log(path: Path) -> LoadLog:
         _LOGGER.warning("%s: skipped the last %d bytes, an incomplete record", path, rest)
     damaged = np.flatnonzero(~sound)
     if len(records) and len(damaged) == len(records):
-        raise ValueError(
+        raise Refusal(
             f"all of its {len(records)} records have wrong checksums: the file was damaged, or is "
             "no log of loads"
         )
@@ -266,14 +267,14 @@ def _from_json(data: object, path: Path) -> LoadLog:
     if isinstance(data, dict) and data.get("format") == FORMAT:
         return _read_log(path.with_suffix(".bin"))
     if not isinstance(data, dict) or not {"layer_numbers", "tokens"} <= set(data):
-        raise ValueError(
+        raise Refusal(
             "this holds no recorded loads: the fields layer_numbers and tokens are missing"
         )
     if "last_iteration_of_window" in data:
         return _of_windows(data, path)
     if "iteration" in data:
         return of_pruning(PruningLoads.from_dict(data), path)
-    raise ValueError("the field last_iteration_of_window (or iteration) is missing")
+    raise Refusal("the field last_iteration_of_window (or iteration) is missing")
 
 
 def _of_windows(data: dict, path: Path) -> LoadLog:
@@ -287,7 +288,7 @@ def _of_windows(data: dict, path: Path) -> LoadLog:
     )
     windows = data["tokens"]
     if not isinstance(windows, list) or len(windows) != len(lasts):
-        raise ValueError(f"tokens must hold one matrix for each of the {len(lasts)} windows")
+        raise Refusal(f"tokens must hold one matrix for each of the {len(lasts)} windows")
     tokens, sizes = _padded(windows, numbers, lasts)
     facts = facts_of_model(data, dict(zip(numbers, sizes, strict=True)))
     last_iterations = np.array(lasts, dtype=np.int64)
@@ -345,7 +346,7 @@ def _padded(
     rows_WL = []
     for matrix, last in zip(windows, lasts, strict=True):
         if not isinstance(matrix, list) or len(matrix) != len(numbers):
-            raise ValueError(
+            raise Refusal(
                 f"the window that ends at iteration {last} must have one row of tokens for "
                 f"each of the {len(numbers)} layers"
             )
@@ -355,12 +356,10 @@ def _padded(
         )
     shapes = {tuple(map(len, rows_L)) for rows_L in rows_WL}
     if len(shapes) > 1:
-        raise ValueError(
-            "the windows have different numbers of experts: they are of different models"
-        )
+        raise Refusal("the windows have different numbers of experts: they are of different models")
     sizes = shapes.pop() if shapes else (0,) * len(numbers)
     if rows_WL and not all(sizes):
-        raise ValueError(f"layer {numbers[sizes.index(0)]} has no experts")
+        raise Refusal(f"layer {numbers[sizes.index(0)]} has no experts")
     tokens = np.zeros((len(rows_WL), len(numbers), max(sizes, default=0)), dtype=np.int64)
     for window, rows_L in enumerate(rows_WL):
         for row, tokens_E in enumerate(rows_L):
@@ -371,27 +370,25 @@ def _padded(
 def _checked(log: LoadLog) -> LoadLog:
     """The same, if it can be what it says."""
     if not log.num_windows:
-        raise ValueError("there is no complete window in it yet")
+        raise Refusal("there is no complete window in it yet")
     if not log.layer_numbers or len(set(log.layer_numbers)) != len(log.layer_numbers):
-        raise ValueError(f"layer_numbers must be different ones, got {list(log.layer_numbers)}")
+        raise Refusal(f"layer_numbers must be different ones, got {list(log.layer_numbers)}")
     if (log.first_iterations < 1).any() or (
         log.last_iterations[:-1] >= log.first_iterations[1:]
     ).any():
-        raise ValueError(
-            "the windows must be ascending, without overlaps, and begin at iteration 1"
-        )
+        raise Refusal("the windows must be ascending, without overlaps, and begin at iteration 1")
     if log.tokens_WLE.min() < 0:
         window, row, expert = np.argwhere(log.tokens_WLE < 0)[0]
-        raise ValueError(
+        raise Refusal(
             f"layer {log.layer_numbers[row]}: the load of expert {expert} is negative: "
             f"{log.tokens_WLE[window, row, expert]}"
         )
     for row, count in enumerate(log.expert_counts):
         if log.tokens_WLE[:, row, count:].any():
-            raise ValueError(
+            raise Refusal(
                 f"layer {log.layer_numbers[row]} has tokens beyond its {count} experts: the header "
                 "is of another model"
             )
     if log.tokens_WLE.sum(axis=(0, 2), dtype=np.float64).max() >= 2.0**63:
-        raise ValueError("the loads of a layer sum to more than 64-bit integers hold")
+        raise Refusal("the loads of a layer sum to more than 64-bit integers hold")
     return log

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.windows import OpenWindow
@@ -100,7 +101,7 @@ class PruningLoads:
             data, ("iteration", "window", "layer_numbers", "tokens"), "it must be an object with"
         )
         if data.get("format", FORMAT) != FORMAT or data.get("version", VERSION) != VERSION:
-            raise ValueError(
+            raise Refusal(
                 f"it has format {data.get('format')!r} and version {data.get('version')!r}, this "
                 f"megatron_laep reads {FORMAT!r} and {VERSION}: use the version that wrote it"
             )
@@ -108,7 +109,7 @@ class PruningLoads:
         (iteration,) = checked_integers([data["iteration"]], "iteration", minimum=1)
         window = data["window"]
         if type(window) is not int or not 1 <= window <= iteration:
-            raise ValueError(
+            raise Refusal(
                 f"window must be an integer from 1 to {iteration}, got {str(window)[:40]}"
             )
         whole = Loads.of_window(_rows(data["tokens"], numbers, ""), numbers)
@@ -119,9 +120,9 @@ class PruningLoads:
                 (loads.total(number) == whole.total(number)).all() for number in numbers
             )
             if ends[-1] != iteration:
-                raise ValueError(f"the last of the parts must end at iteration {iteration}")
+                raise Refusal(f"the last of the parts must end at iteration {iteration}")
             if not same:
-                raise ValueError(
+                raise Refusal(
                     "the tokens of the parts do not sum up to tokens: the file was edited"
                 )
         return PruningLoads(window, ends, loads, **facts_of_model(data, whole.experts))
@@ -141,7 +142,7 @@ def facts_of_model(data: Mapping, experts: Mapping[int, int]) -> dict[str, Any]:
     if data.get("stages") is not None:
         facts["stages"] = checked_integers(data["stages"], "stages", minimum=0)
         if len(facts["stages"]) != len(experts):
-            raise ValueError(f"there are {len(facts['stages'])} stages for {len(experts)} layers")
+            raise Refusal(f"there are {len(facts['stages'])} stages for {len(experts)} layers")
     if data.get("experts_per_rank") is not None:
         facts["experts_per_rank"] = checked_blocks(data["experts_per_rank"], [*experts.values()])
     return facts
@@ -150,7 +151,7 @@ def facts_of_model(data: Mapping, experts: Mapping[int, int]) -> dict[str, Any]:
 def _parts(parts: object, numbers: tuple[int, ...]) -> tuple[tuple[int, ...], Loads]:
     """Last iterations and tokens."""
     if not isinstance(parts, list):
-        raise ValueError("parts must be a list, of the one window that tokens are of")
+        raise Refusal("parts must be a list, of the one window that tokens are of")
     for part in parts:
         _check_fields(part, ("last_iteration", "tokens"), "each of the parts must have")
     ends = checked_integers(
@@ -165,9 +166,9 @@ def _parts(parts: object, numbers: tuple[int, ...]) -> tuple[tuple[int, ...], Lo
 
 def _rows(tokens: object, numbers: Sequence[int], where: str) -> list:
     if not isinstance(tokens, list):
-        raise ValueError(f"{where}tokens must be a list")
+        raise Refusal(f"{where}tokens must be a list")
     if len(tokens) != len(numbers):
-        raise ValueError(
+        raise Refusal(
             f"{where}it has tokens of {len(tokens)} layers for {len(numbers)}: the file is incomplete"
         )
     return [
@@ -178,4 +179,4 @@ def _rows(tokens: object, numbers: Sequence[int], where: str) -> list:
 
 def _check_fields(data: object, names: Sequence[str], what: str) -> None:
     if not isinstance(data, dict) or any(name not in data for name in names):
-        raise ValueError(f"{what} the fields {' and '.join(names)}")
+        raise Refusal(f"{what} the fields {' and '.join(names)}")

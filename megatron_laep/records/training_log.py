@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_laep.checks import Refusal
+
 _COUNT = r"\d{1,18}"
 _ITERATION = re.compile(rf"\biteration +({_COUNT})/ *({_COUNT}) \|(.*)")
 _LOAD = re.compile(
@@ -128,7 +130,7 @@ def parse_log(text: str) -> TrainingLog:
                 row=row,
             )
     if not lines:
-        raise ValueError(
+        raise Refusal(
             "the log has no line of the form 'iteration  10/  300 | ...': the training stopped "
             "before its first iteration, or the file is not the output of Megatron's loop"
         )
@@ -146,7 +148,7 @@ def _number(text: str, row: int) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(
+        raise Refusal(
             f"row {row} of the log has {text.strip()!r} where a number belongs: two outputs were "
             "mixed, or the file was edited; mend or remove the row"
         ) from None

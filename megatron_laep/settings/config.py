@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_laep.checks import Refusal
 from megatron_laep.settings.fields import flag, same_setting, setting
 from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import DEFAULT_WINDOW, Leg
@@ -139,7 +140,7 @@ class LaepConfig:
         missing = [f"laep_{item.name}" for item in fields(LaepConfig)]
         missing = [name for name in missing if not hasattr(args, name)]
         if missing:
-            raise ValueError(
+            raise Refusal(
                 f"the parsed arguments lack {', '.join(missing)}: pass "
                 "megatron_laep.settings.flags.add_arguments to the parser as an extra arguments provider"
             )
@@ -161,7 +162,7 @@ class LaepConfig:
             try:
                 StabilityThresholds(**{name: value})
             except ValueError as error:
-                raise ValueError(f"{flag(f'stability_{name}')}: {error}") from None
+                raise Refusal(f"{flag(f'stability_{name}')}: {error}") from None
         return StabilityThresholds(**values)
 
     def legs(self) -> tuple[Leg, ...]:
@@ -186,12 +187,12 @@ class LaepConfig:
         for iteration in self.prune_iterations:
             _check_count("prune_iteration", iteration)
         if self.enabled and not self.prune_iterations:
-            raise ValueError("--laep-prune-iteration needs at least one iteration")
+            raise Refusal("--laep-prune-iteration needs at least one iteration")
         if list(self.prune_iterations) != sorted(set(self.prune_iterations)):
-            raise ValueError(f"{self.prune_flag}: give ascending iterations, each one once")
+            raise Refusal(f"{self.prune_flag}: give ascending iterations, each one once")
         self.rules.validate()
         if self.plan is not None and (not isinstance(self.plan, str) or not self.plan):
-            raise ValueError(f"--laep-plan must be the path of a file, got {self.plan!r}")
+            raise Refusal(f"--laep-plan must be the path of a file, got {self.plan!r}")
         self.stability_thresholds()
         if not self.enabled:
             self._check_all_defaults()
@@ -202,7 +203,7 @@ class LaepConfig:
             length = leg.end - leg.start
             since = f" since the one after {leg.start}" if leg.start else ""
             if leg.window > length:
-                raise ValueError(
+                raise Refusal(
                     f"--laep-window {leg.window} is longer than the {length} iterations before the "
                     f"pruning after {leg.end}{since} (--laep-prune-iteration): use at most {length}"
                 )
@@ -211,7 +212,7 @@ class LaepConfig:
                 asks = "prune_when_stable" if self.prune_when_stable else "require_stable"
                 longest = length // leg.needed
                 remedy = f"use --laep-window {longest} or less, or prune later"
-                raise ValueError(
+                raise Refusal(
                     f"{flag(asks)} compares {leg.needed} windows (--laep-stability-patience "
                     f"{self.stability_patience}), but of windows of {leg.window} iterations "
                     f"(--laep-window) only {windows} fit before --laep-prune-iteration {leg.end}"
@@ -227,7 +228,7 @@ class LaepConfig:
             if item.name == "record_interval":  # also for jobs that will not prune
                 continue
             if getattr(self, item.name) != getattr(defaults, item.name):
-                raise ValueError(
+                raise Refusal(
                     f"{flag(item.name)} is given without --laep-prune-iteration, so nothing would "
                     "be pruned: add --laep-prune-iteration N, or remove the flag"
                 )
@@ -235,4 +236,4 @@ class LaepConfig:
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{flag(name)} must be an integer of at least 1, got {value!r}")
+        raise Refusal(f"{flag(name)} must be an integer of at least 1, got {value!r}")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_laep.checks import Refusal
 from megatron_laep.settings.fields import setting
 
 PLACEMENTS = ("balanced", "greedy", "none")
@@ -96,32 +97,32 @@ class PruningRules:
         if multiple is not None and (
             not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1
         ):
-            raise ValueError(
+            raise Refusal(
                 f"--laep-expert-multiple must be an integer of at least 1, got {multiple!r}"
             )
         AlphaSpec.parse(self.alpha)
         if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
-            raise ValueError(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
+            raise Refusal(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
         if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise ValueError(f"--laep-beta must be within 0 and 1, got {self.beta}")
+            raise Refusal(f"--laep-beta must be within 0 and 1, got {self.beta}")
         if self.placement not in PLACEMENTS:
-            raise ValueError(
+            raise Refusal(
                 f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
             )
         if self.group_rule not in GROUP_RULES:
-            raise ValueError(
+            raise Refusal(
                 f"--laep-group-rule must be one of {', '.join(GROUP_RULES)}, got "
                 f"{self.group_rule!r}"
             )
         spread = self.max_experts_per_rank_spread
         if spread is not None:
             if not isinstance(spread, int) or isinstance(spread, bool) or spread < 0:
-                raise ValueError(
+                raise Refusal(
                     f"--laep-max-experts-per-rank-spread must be an integer of at least 0, got "
                     f"{spread!r}"
                 )
             if self.placement != "balanced":
-                raise ValueError(
+                raise Refusal(
                     f"--laep-max-experts-per-rank-spread {spread} needs --laep-placement balanced: "
                     f"{self.placement} does not look at the number of experts"
                 )
@@ -160,14 +161,14 @@ class AlphaSpec:
         Errors: ValueError for junk, negative or NaN alpha, reversed or overlapping ranges.
         """
         if not isinstance(text, str):
-            raise ValueError(f"--laep-alpha must be a string such as '0.4', got {text!r}")
+            raise Refusal(f"--laep-alpha must be a string such as '0.4', got {text!r}")
         if ":" not in text:
             return AlphaSpec(uniform=_parse_alpha(text, text))
         ranges = tuple(_parse_range(part, text) for part in text.split(","))
         by_start = sorted(ranges, key=lambda item: (item.first, item.last))
         for left, right in zip(by_start, by_start[1:], strict=False):
             if right.first <= left.last:
-                raise ValueError(
+                raise Refusal(
                     f"--laep-alpha {text}: ranges {left} and {right} both name layer "
                     f"{right.first}; give each layer one alpha"
                 )
@@ -180,7 +181,7 @@ class AlphaSpec:
         for item in self.ranges:
             if item.first <= layer_number <= item.last:
                 return item.alpha
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha has no range for MoE layer {layer_number}, only "
             f"{','.join(map(str, self.ranges))}: add {layer_number} to a range"
         )
@@ -196,7 +197,7 @@ class AlphaSpec:
             num_layers = moe_layer_numbers[-1]
         for item in self.ranges:
             if item.last > num_layers:
-                raise ValueError(
+                raise Refusal(
                     f"--laep-alpha range {item} names layer {item.last}, but the model has "
                     f"{num_layers} layers: end the range at {num_layers} or before"
                 )
@@ -208,12 +209,12 @@ def _parse_alpha(number: str, text: str) -> float:
     try:
         alpha = float(number)
     except ValueError:
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha {text!r}: {number!r} is not a number; give one number such as 0.4, or "
             "numbers by layer range such as 0.2:1-10,0.4:11-93,0.2:94-103"
         ) from None
     if math.isnan(alpha) or alpha < 0:
-        raise ValueError(f"--laep-alpha {text}: alpha must be a number >= 0 or inf, got {alpha:g}")
+        raise Refusal(f"--laep-alpha {text}: alpha must be a number >= 0 or inf, got {alpha:g}")
     return alpha
 
 
@@ -224,14 +225,14 @@ def _parse_range(part: str, text: str) -> AlphaRange:
         last = first
     # isascii and isdigit: int() would also take "+1", "1_0" and digits of other scripts
     if not all(end.isascii() and end.isdigit() for end in (first, last)):
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha {text!r}: {part!r} is not of the form ALPHA:FIRST-LAST, such as 0.2:1-10"
         )
     item = AlphaRange(alpha=_parse_alpha(number, text), first=int(first), last=int(last))
     if item.first < 1:
-        raise ValueError(f"--laep-alpha {text}: layers count from 1, range {part!r} starts at 0")
+        raise Refusal(f"--laep-alpha {text}: layers count from 1, range {part!r} starts at 0")
     if item.last < item.first:
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha {text}: range {part!r} is reversed; write {item.last}-{item.first}"
         )
     return item

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_laep.checks import exact_decimal
+from megatron_laep.checks import Refusal, exact_decimal
 
 
 def _threshold(default: float, meaning: str) -> Any:
@@ -44,11 +44,11 @@ class StabilityThresholds:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not low <= value <= 1:  # false for NaN too
-                raise ValueError(
+                raise Refusal(
                     f"the stability threshold {name} must be within {low:g} and 1, got {value!r}"
                 )
         if self.share == 0:
-            raise ValueError(
+            raise Refusal(
                 "the share of stable layers must be above 0: otherwise any load is stable"
             )
         if (
@@ -56,7 +56,7 @@ class StabilityThresholds:
             or isinstance(self.patience, bool)
             or self.patience < 1
         ):
-            raise ValueError(f"patience must be an integer of at least 1, got {self.patience!r}")
+            raise Refusal(f"patience must be an integer of at least 1, got {self.patience!r}")
 
     def layers_needed(self, layers: int) -> int:
         """How many of so many layers must be stable."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.expert_map import ExpertMap, near_equal_blocks
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
@@ -119,7 +120,7 @@ def load_metrics(
     sizes_L = np.array([tokens_E.size for tokens_E in tokens_LE])
     blocks_LR = np.array(experts_per_rank_LR)
     if not np.array_equal(blocks_LR.sum(axis=1), sizes_L):
-        raise ValueError(
+        raise Refusal(
             f"layers of {sizes_L.tolist()} experts do not fit {blocks_LR.sum(axis=1).tolist()} "
             "experts on the expert-parallel ranks"
         )

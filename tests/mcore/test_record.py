@@ -270,7 +270,7 @@ def test_a_record_of_a_later_version(tmp_path):
     entry = {"version": 3, "lineage": [], "map_state": None, "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
-    assert outcome.error == "ValueError"
+    assert outcome.error == "Refusal"
     for text in (path, "version 3", "reads version 2", "use the megatron_laep that wrote"):
         assert text in outcome.message
 
@@ -282,7 +282,7 @@ def test_a_record_whose_map_was_changed(tmp_path):
     entry = {"version": 2, "lineage": [changed], "map_state": "pending", "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
-    assert outcome.error == "ValueError"
+    assert outcome.error == "Refusal"
     assert path in outcome.message and "hash" in outcome.message
 
 

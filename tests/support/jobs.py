@@ -50,8 +50,8 @@ def ranks(number: int) -> dict[str, str]:
 
 
 def assert_complaint(outcome: Outcome, *wanted: str) -> None:
-    """One ValueError, in whose sentence each of `wanted` stands."""
-    assert outcome.error == "ValueError", (outcome.error, outcome.message, outcome.output[-3000:])
+    """One Refusal, in whose sentence each of `wanted` stands."""
+    assert outcome.error == "Refusal", (outcome.error, outcome.message, outcome.output[-3000:])
     missing = [text for text in wanted if text not in outcome.message]
     assert not missing, f"{missing} not in: {outcome.message}"
 
