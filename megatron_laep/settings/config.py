@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, whole_number
 from megatron_laep.settings.fields import flag, same_setting, setting
 from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import DEFAULT_WINDOW, Leg
@@ -183,9 +183,9 @@ class LaepConfig:
         """Checks what needs no knowledge of the job. Errors: ValueError that names the flag."""
         for name in ("window", "expert_model_parallel_size", "record_interval"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                whole_number(getattr(self, name), flag(name), 1)
         for iteration in self.prune_iterations:
-            _check_count("prune_iteration", iteration)
+            whole_number(iteration, flag("prune_iteration"), 1)
         if self.enabled and not self.prune_iterations:
             raise Refusal("--laep-prune-iteration needs at least one iteration")
         if list(self.prune_iterations) != sorted(set(self.prune_iterations)):
@@ -232,8 +232,3 @@ class LaepConfig:
                     f"{flag(item.name)} is given without --laep-prune-iteration, so nothing would "
                     "be pruned: add --laep-prune-iteration N, or remove the flag"
                 )
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise Refusal(f"{flag(name)} must be an integer of at least 1, got {value!r}")

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_laep.checks import Refusal
-from megatron_laep.settings.fields import setting
+from megatron_laep.checks import Refusal, number_within, whole_number
+from megatron_laep.settings.fields import flag, setting
 
 PLACEMENTS = ("balanced", "greedy", "none")
 GROUP_RULES = ("group", "layer")
@@ -93,18 +93,10 @@ class PruningRules:
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the model. Errors: ValueError that names the flag."""
-        multiple = self.expert_multiple
-        if multiple is not None and (
-            not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1
-        ):
-            raise Refusal(
-                f"--laep-expert-multiple must be an integer of at least 1, got {multiple!r}"
-            )
+        if self.expert_multiple is not None:
+            whole_number(self.expert_multiple, flag("expert_multiple"), 1)
         AlphaSpec.parse(self.alpha)
-        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
-            raise Refusal(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
-        if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise Refusal(f"--laep-beta must be within 0 and 1, got {self.beta}")
+        number_within(self.beta, flag("beta"), 0, 1)
         if self.placement not in PLACEMENTS:
             raise Refusal(
                 f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
@@ -116,11 +108,7 @@ class PruningRules:
             )
         spread = self.max_experts_per_rank_spread
         if spread is not None:
-            if not isinstance(spread, int) or isinstance(spread, bool) or spread < 0:
-                raise Refusal(
-                    f"--laep-max-experts-per-rank-spread must be an integer of at least 0, got "
-                    f"{spread!r}"
-                )
+            whole_number(spread, flag("max_experts_per_rank_spread"), 0)
             if self.placement != "balanced":
                 raise Refusal(
                     f"--laep-max-experts-per-rank-spread {spread} needs --laep-placement balanced: "

@@ -182,7 +182,7 @@ def test_too_few_windows_to_tell(settings, message):
         ({"beta": -0.01}, "--laep-beta must be within 0 and 1, got -0.01"),
         ({"beta": 1.01}, "--laep-beta must be within 0 and 1, got 1.01"),
         ({"beta": math.nan}, "--laep-beta must be within 0 and 1, got nan"),
-        ({"beta": "0.1"}, "--laep-beta must be a number .* got '0.1'"),
+        ({"beta": "0.1"}, "--laep-beta must be within 0 and 1, got '0.1'"),
         ({"expert_multiple": 0}, "--laep-expert-multiple .* got 0"),
         ({"expert_multiple": -8}, "--laep-expert-multiple .* got -8"),
         (
