@@ -33,7 +33,7 @@ from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
 from megatron_laep.mcore.rebuild import release
 from megatron_laep.mcore.upstream_bugs import mend_help
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
-from megatron_laep.settings import config as laep_config
+from megatron_laep.settings import flags
 from megatron_laep.settings.config import LaepConfig
 
 
@@ -105,7 +105,7 @@ def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
         mend_help(parser, session.upstream)
-        return laep_config.add_arguments(parser)
+        return flags.add_arguments(parser)
 
     return add_megatron_arguments
 
