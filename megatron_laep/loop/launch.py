@@ -104,8 +104,8 @@ def say_what_was_not_done() -> None:
             "loop (megatron.training.pretrain): NOTHING WAS PRUNED."
         )
     elif running.still_to_come:
-        to_come = " ".join(map(str, running.still_to_come))
-        events.warn(
-            f"The run ended before --laep-prune-iteration {to_come}: NOT PRUNED there. The same command "
-            "with more iterations (--train-iters) goes on from its last checkpoint."
+        events.log(
+            "not_pruned",
+            to_come=" ".join(map(str, running.still_to_come)),
+            reason="the run ended before; the same command goes on from its last checkpoint",
         )
