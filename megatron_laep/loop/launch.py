@@ -13,6 +13,7 @@ from typing import Any
 from megatron_laep import events
 from megatron_laep.loop.loop_hooks import hooks
 from megatron_laep.loop.session import Rebuild, session
+from megatron_laep.mcore import symbols
 from megatron_laep.mcore.rebuild import tear_down, warn_if_alive
 from megatron_laep.mcore.upstream_bugs import ask_megatron
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
@@ -32,9 +33,10 @@ def install(config: LaepConfig | None = None) -> None:
             are added to Megatron's parser.
 
     Raises:
-        RuntimeError: Megatron lacks a symbol that is hooked, or the hooks are installed already.
-        ValueError: a setting is out of range.
+        RuntimeError: the hooks are installed already.
+        Refusal: Megatron lacks symbols that are needed; a setting is out of range.
     """
+    symbols.check_megatron()
     if config is not None:
         config.validate()
     upstream = ask_megatron()

@@ -100,8 +100,9 @@ class LaepMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._table = table
 
-    def route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None):
-        probs, routing_map = super().route(hidden_states, padding_mask)
+    def route(self, *inputs, **named):
+        # Some Megatron give the router more than the hidden states and a padding mask.
+        probs, routing_map = super().route(*inputs, **named)
         # Under activation recompute the forward runs twice, first without gradients; evaluation is
         # not training. So each token of a training step comes by here exactly once. The sum and the
         # addition stay on the device. A replayed CUDA graph that covers the dispatcher's
