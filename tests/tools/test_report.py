@@ -443,7 +443,7 @@ class TestRefusals:
         )
         assert done.returncode == 2
         assert f"the report needs {library}" in done.stderr
-        assert "pip install 'megatron-laep[report]'" in done.stderr
+        assert "pip install jinja2 plotly" in done.stderr
 
 
 class TestPage:

@@ -22,10 +22,9 @@ from megatron_laep.plan.loads import checked_loads
 from megatron_laep.plan.summary import summarize
 from megatron_laep.records import decision_log, load_log
 from megatron_laep.records.pruning_loads import PruningLoads
-from megatron_laep.records.training_log import TrainingLog, parse_log
+from megatron_laep.records.training_log import LOG_NAME, TrainingLog, parse_log
 from megatron_laep.settings.thresholds import StabilityThresholds
 
-LOG_NAME = "train.log"
 _DECISION_FIELDS = ("verdict", "stable_layers", "layers", "layers_needed", "thresholds")
 
 
