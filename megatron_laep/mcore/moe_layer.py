@@ -25,7 +25,7 @@ _why_not_trained: str | None = None
 
 
 def refuse_training(reason: str | None) -> None:
-    """Lets the first training pass through a layer raise a ValueError with this sentence; None: none.
+    """Lets the first training pass through a layer raise a Refusal with this sentence; None: none.
 
     For the time between "prune this job" and the loop that will: a loop that never tells this package
     of its iterations would train to its end, and nothing would be pruned.
@@ -109,7 +109,7 @@ class LaepMoELayer(MoELayer):
         # preprocessing leaves no map here: the addition is in the graph, then.
         if routing_map is not None and self.training and torch.is_grad_enabled():
             if _why_not_trained is not None:
-                raise ValueError(_why_not_trained)
+                raise Refusal(_why_not_trained)
             self.laep_tokens_per_expert += routing_map.sum(dim=0)
         return probs, routing_map
 
