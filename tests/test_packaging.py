@@ -197,7 +197,7 @@ def read_flags(path: Path) -> list[str]:
 PARSE = """
 import argparse, json, sys
 from megatron.training.arguments import add_megatron_arguments
-from megatron_laep.settings.config import add_arguments
+from megatron_laep.settings.flags import add_arguments
 parser = argparse.ArgumentParser(allow_abbrev=False)
 add_megatron_arguments(parser)
 add_arguments(parser)

@@ -69,14 +69,14 @@ def kept_experts(
     Arguments and errors: as in `make_expert_map`.
     """
     loads_E = loads.total(layer.layer_number)
-    rule = dict(
-        alpha=rules.alpha_spec.for_layer(layer.layer_number),
-        beta=rules.beta,
-        multiple=rules.multiple_for(layout.expert_parallel_size_after),
-        minimum=fewest_kept(layer, layout, rules),
-    )
     try:
         _check_expert_count(layer, layout, rules)
+        rule = dict(
+            alpha=rules.alpha_spec.for_layer(layer.layer_number),
+            beta=rules.beta,
+            multiple=rules.multiple_for(layout.expert_parallel_size_after),
+            minimum=fewest_kept(layer, layout, rules),
+        )
         if layout.groups is None:
             return experts_to_keep(loads_E, **rule)
         return experts_to_keep_in_groups(
