@@ -16,6 +16,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +170,7 @@ class LoadLog:
             raise Refusal(f"{self.source}: {error}") from None
 
 
-def read(path: str | os.PathLike, data: object = None) -> LoadLog:
+def read(path: str | os.PathLike[str], data: object = None) -> LoadLog:
     """Reads recorded loads.
 
     path: a log (``loads-*.bin`` or the JSON beside it); a folder that holds one log, or its parent
@@ -276,7 +277,7 @@ def _from_json(data: object, path: Path) -> LoadLog:
     raise Refusal("the field last_iteration_of_window (or iteration) is missing")
 
 
-def _of_windows(data: dict, path: Path) -> LoadLog:
+def _of_windows(data: dict[str, Any], path: Path) -> LoadLog:
     """JSON of one row of matrices."""
     numbers = whole_numbers(data["layer_numbers"], "layer_numbers", 1)
     lasts = whole_numbers(data["last_iteration_of_window"], "the last iterations of the windows", 1)
@@ -335,7 +336,7 @@ def _by_layer(stages: tuple[int, ...] | None, numbers: tuple[int, ...]) -> dict[
 
 
 def _padded(
-    windows: list, numbers: tuple[int, ...], lasts: tuple[int, ...]
+    windows: list[Any], numbers: tuple[int, ...], lasts: tuple[int, ...]
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Lists of one window each as padded int64 [W, L, E], and the experts of each layer."""
     rows_WL = []
