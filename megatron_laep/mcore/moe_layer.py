@@ -26,7 +26,7 @@ _why_not_trained: str | None = None
 
 
 def refuse_training(reason: str | None) -> None:
-    """Lets the first training pass through a layer raise a ValueError with this sentence; None: none.
+    """Lets the first training pass through a layer raise a Refusal with this sentence; None: none.
 
     For the time between "prune this job" and the loop that will: a loop that never tells this package
     of its iterations would train to its end, and nothing would be pruned.
