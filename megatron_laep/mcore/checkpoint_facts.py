@@ -46,7 +46,7 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception
     # that is no Exception.
     except (Exception, CheckpointException) as error:
-        if type(error) is ValueError:  # a sentence of ours
+        if isinstance(error, Refusal):
             raise
         raise Refusal(
             f"{path} is damaged: its .metadata or metadata.json cannot be read "

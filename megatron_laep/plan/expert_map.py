@@ -17,6 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 from megatron_laep.checks import Refusal, number_within, only_fields, whole_number, whole_numbers
 from megatron_laep.json_text import parse_json
@@ -243,7 +244,7 @@ class ExpertMap:
         )
         return replace(self, layers=tuple(layers), expert_parallel_size_after=ranks)
 
-    def _content(self) -> dict[str, object]:
+    def _content(self) -> dict[str, Any]:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["schema_version"] = SCHEMA_VERSION
         content["layers"] = [
@@ -255,20 +256,20 @@ class ExpertMap:
         ]
         return content
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """JSON-able dict: the fields, `schema_version` and `hash`."""
         return {**self._content(), "hash": self.hash}
 
     def to_json(self) -> str:
         """Readable JSON, one line for each list of a layer; `from_json` gives an equal value."""
-        layers = self._content()["layers"]
+        content = self.to_dict()
         blocks = []
-        for layer in layers:
-            lines = (f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in layer.items())
-            blocks.append("  {\n" + ",\n".join(lines) + "\n  }")
+        for layer in content["layers"]:
+            rows = (f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in layer.items())
+            blocks.append("  {\n" + ",\n".join(rows) + "\n  }")
         lines = [
             f" {json.dumps(name)}: {json.dumps(value)}"
-            for name, value in self.to_dict().items()
+            for name, value in content.items()
             if name != "layers"
         ]
         lines.append(' "layers": [\n' + ",\n".join(blocks) + "\n ]")
