@@ -34,7 +34,7 @@ from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
 from megatron_laep.mcore.rebuild import release
 from megatron_laep.mcore.upstream_bugs import mend_help
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
-from megatron_laep.settings import config as laep_config
+from megatron_laep.settings import flags
 from megatron_laep.settings.config import LaepConfig
 
 
@@ -68,7 +68,7 @@ def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
         mend_help(parser, session.upstream)
-        return laep_config.add_arguments(parser)
+        return flags.add_arguments(parser)
 
     return add_megatron_arguments
 
@@ -83,6 +83,9 @@ def _parse_args(original):
                 f"--yaml-cfg {yaml} replaces the command line, and with it "
                 f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
             )
+        if args.yaml_cfg is None:
+            # From here on it is known what was asked for, and not yet whether the loop is Megatron's.
+            session.expect(session.config or LaepConfig.from_arguments(args))
         # A YAML job does not pass by validate_args, so it could not follow a pruned checkpoint's map.
         allow_pruned_checkpoints(yaml is None)
         return args
@@ -180,8 +183,7 @@ def _setup_model_and_optimizer(original):
                 f"{start.lineage.steps[-1].short_hash}, but no checkpoint was loaded through it; "
                 "give --load"
             )
-        session.running = Running(start, result[0], get_args())
-        session.committed_hash = None
+        session.run(Running(start, result[0], get_args()))
         return result
 
     return setup_model_and_optimizer

@@ -20,6 +20,19 @@ from megatron_laep.mcore.slot_table import SlotTable
 from megatron_laep.mcore.token_dispatcher import DISPATCHERS
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 
+# Why no layer of this process may be trained now; None if they may.
+_why_not_trained: str | None = None
+
+
+def refuse_training(reason: str | None) -> None:
+    """Lets the first training pass through a layer raise a Refusal with this sentence; None: none.
+
+    For the time between "prune this job" and the loop that will: a loop that never tells this package
+    of its iterations would train to its end, and nothing would be pruned.
+    """
+    global _why_not_trained
+    _why_not_trained = reason
+
 
 class LaepMoELayer(MoELayer):
     """Megatron's ``MoELayer`` plus a token count for each expert.
@@ -95,6 +108,8 @@ class LaepMoELayer(MoELayer):
         # addition stay on the device. A replayed CUDA graph that covers the dispatcher's
         # preprocessing leaves no map here: the addition is in the graph, then.
         if routing_map is not None and self.training and torch.is_grad_enabled():
+            if _why_not_trained is not None:
+                raise Refusal(_why_not_trained)
             self.laep_tokens_per_expert += routing_map.sum(dim=0)
         return probs, routing_map
 
