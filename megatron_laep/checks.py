@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -56,12 +55,11 @@ def whole_numbers(values: object, what: str, minimum: int) -> tuple[int, ...]:
     return tuple(whole_number(value, f"{what}[{i}]", minimum) for i, value in enumerate(values))
 
 
-def number_within(value: object, what: str, low: float, high: float) -> float:
+def number_within(value: Any, what: str, low: float, high: float) -> float:
     """`value` as a float, both ends included. Errors: Refusal, also for NaN, a bool or a text."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not low <= number <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise Refusal(f"{what} must be within {low:g} and {high:g}, got {_short(repr(value))}")
-    return number
+    return float(value)
 
 
 def named_fields(data: object, names: Iterable[str], what: str) -> Mapping[str, Any]:

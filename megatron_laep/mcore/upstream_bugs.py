@@ -13,7 +13,7 @@ example that shows the bug. What it answers decides::
 optimizer state, and groups and scalars that a rank without parameters could not write
 (``optimizer_state``: read off each checkpoint, whoever wrote it; a complete one is left as it is);
 expert biases of layers with different expert counts (no model of Megatron's own has such layers);
-the refusal of an empty tracker file (it is the file that is asked).
+the mending of an empty tracker file (``tracker``: it is the file that is asked).
 """
 
 import argparse

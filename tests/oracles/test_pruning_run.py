@@ -354,13 +354,14 @@ def test_a_job_that_began_elsewhere_goes_on_from_its_own_folder(run, tmp_path) -
     run.assert_continues(second, after=2 * SAVE_INTERVAL)
 
 
-def test_an_empty_tracker_file_is_not_taken_for_success(run, tmp_path) -> None:
-    """What Megatron leaves if it is killed while it writes the file."""
+@pytest.mark.equality
+def test_an_empty_tracker_file_is_mended(run, tmp_path) -> None:
+    """What Megatron leaves if it is killed while it writes the file, here behind the pruning's checkpoint."""
     folder = pending_copy(tmp_path / "empty", run)
     (folder / "latest_checkpointed_iteration.txt").write_text("")
-    result = run_megatron(flags(folder), 2, launcher=LAEP, check=False)
-    assert all(result.returncodes)
-    assert "leaves it empty. Write the iteration" in result.logs[0]
+    result = run_megatron(flags(folder), 2, launcher=LAEP, timeout=240)
+    assert f"event=tracker_mended file={folder}/latest_checkpointed_iteration.txt" in result.logs[0]
+    run.assert_continues(result, after=PRUNE)
 
 
 @pytest.mark.parametrize(
