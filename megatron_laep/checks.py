@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -58,10 +57,10 @@ def whole_numbers(values: object, what: str, minimum: int) -> tuple[int, ...]:
 
 def number_within(value: object, what: str, low: float, high: float) -> float:
     """`value` as a float, both ends included. Errors: Refusal, also for NaN, a bool or a text."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not low <= number <= high:
+    number: Any = value  # what `Real` is for mypy cannot be compared
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= number <= high:
         raise Refusal(f"{what} must be within {low:g} and {high:g}, got {_short(repr(value))}")
-    return number
+    return float(value)
 
 
 def named_fields(data: object, names: Iterable[str], what: str) -> Mapping[str, Any]:

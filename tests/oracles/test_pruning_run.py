@@ -374,5 +374,4 @@ def test_an_empty_tracker_file_is_mended(run, tmp_path) -> None:
 def test_a_pruned_checkpoint_does_not_open_in_another_model(run, change, message) -> None:
     result = run_megatron(flags(run.folder, **change), 2, launcher=LAEP, check=False)
     assert not result.ok and not result.exact
-    for log in result.logs:
-        assert message in log
+    assert message in result.logs[0]
