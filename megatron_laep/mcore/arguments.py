@@ -65,7 +65,6 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
     Args:
         situation: completes "FLAG is not supported ...".
     """
-    balancing = args.moe_router_load_balancing_type
     unsupported = [
         (
             args.save is not None and args.ckpt_format != "torch_dist",
@@ -74,9 +73,10 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "--ckpt-format torch_dist",
         ),
         (
-            "quantile_balancing" in (balancing if isinstance(balancing, list) else [balancing]),
-            "--moe-router-load-balancing-type quantile_balancing",
-            "it wants one expert count for all layers; use another type, or none",
+            args.moe_pad_expert_input_to_capacity and args.moe_token_dispatcher_type == "flex",
+            "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex",
+            "its kernels size their buffers by one capacity for equally many experts on all ranks; use "
+            "--moe-token-dispatcher-type alltoall, or remove the padding",
         ),
         (
             args.moe_ncclep_static_shape or args.moe_ncclep_zero_copy,
@@ -160,23 +160,14 @@ def _check_job_supported(args: Namespace, config: LaepConfig, legs: Sequence[Leg
         (
             args.moe_router_force_load_balancing,
             "--moe-router-force-load-balancing",
-            "random routing says nothing about the experts; remove it",
+            "random routing says nothing about the experts, so there is nothing to prune by; remove it "
+            "(--laep-record-interval alone records it)",
         ),
         (
             args.moe_router_force_biased is not None,
             f"--moe-router-force-biased {args.moe_router_force_biased}",
-            "random biases say nothing about the experts; remove it",
-        ),
-        (
-            args.moe_expert_capacity_factor is not None,
-            f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor}",
-            "tokens beyond the capacity are dropped before they are counted, so busy experts would "
-            "look less busy; remove it",
-        ),
-        (
-            args.moe_enable_routing_replay,
-            "--moe-enable-routing-replay",
-            "recorded expert ids would be stale after pruning; remove it",
+            "random biases say nothing about the experts, so there is nothing to prune by; remove it "
+            "(--laep-record-interval alone records it)",
         ),
         (
             bool(args.no_save_optim),
@@ -465,11 +456,6 @@ def _check_uneven(layout: ExpertMap, args: Namespace, where: object) -> None:
 def _refuse_with_uneven(args: Namespace, where: str) -> None:
     _refuse(
         [
-            (
-                args.moe_pad_expert_input_to_capacity,
-                "--moe-pad-expert-input-to-capacity",
-                "it sends each rank equally many tokens; remove it",
-            ),
             (
                 bool(args.fp8) and args.fp8_recipe == "delayed",
                 "--fp8-recipe delayed",
