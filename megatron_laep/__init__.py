@@ -27,6 +27,11 @@ def __getattr__(name: str):
     # install, uninstall and run pull in torch and Megatron; the planning tools need neither, and the
     # CPU platform has to come before Megatron. So they are looked up only when somebody asks.
     if name in ("install", "run", "uninstall"):
+        from megatron_laep.mcore import symbols
+
+        # Before the import of modules that import Megatron's names: a Megatron that lacks some is
+        # refused in a sentence.
+        symbols.check_megatron()
         from megatron_laep.loop import launch
 
         return getattr(launch, name)

@@ -17,7 +17,7 @@ STEPS=(lint tests long arithmetics overhead uneven published quickstart)
 
 words_of() {
     case $1 in
-        lint) echo "$VENV_PYTHON -m ruff check . && $VENV_PYTHON -m ruff format --check . && $VENV_PYTHON -m mypy" ;;
+        lint) echo "scripts/lint.sh" ;;
         tests) echo "scripts/test.sh" ;;
         long) echo "scripts/test.sh -m long" ;;
         arithmetics) echo "scripts/check_arithmetics.sh --long" ;;

@@ -63,7 +63,7 @@ def third_party_imports(path: Path, top_level_only: bool) -> set[str]:
         elif top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         pending.extend(ast.iter_child_nodes(node))
-    ours = {"megatron_laep"} | {p.stem for p in (ROOT / "tests").glob("*.py")}
+    ours = {"megatron_laep"} | {p.stem for f in ("tests", "scripts") for p in (ROOT / f).glob("*")}
     return found - set(sys.stdlib_module_names) - ours
 
 
@@ -197,7 +197,7 @@ def read_flags(path: Path) -> list[str]:
 PARSE = """
 import argparse, json, sys
 from megatron.training.arguments import add_megatron_arguments
-from megatron_laep.settings.config import add_arguments
+from megatron_laep.settings.flags import add_arguments
 parser = argparse.ArgumentParser(allow_abbrev=False)
 add_megatron_arguments(parser)
 add_arguments(parser)
@@ -321,6 +321,39 @@ def test_an_environment_of_ones_own_is_used_as_it_is():
         f"{sys.prefix}/bin/python",
         str(PACKAGE / "__init__.py"),
     ]
+
+
+PIP = """
+Collecting torch>=2.6
+  Downloading torch-2.14.1-cp312-cp312-manylinux_2_28_x86_64.whl (915.2 MB)
+Collecting numpy
+  Using cached numpy-2.3.5-cp312-cp312-manylinux_2_27_x86_64.whl.metadata (62 kB)
+  Using cached https://index/nvidia_cublas-13.1.0.3-py3-none-any.whl (1.2 GB)
+  Downloading tqdm-4.67.1-py3-none-any.whl (78 kB)
+Installing collected packages: tqdm, numpy, torch
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_installer_shows_what_takes_long_and_keeps_the_rest(tmp_path, code):
+    pip = write_executable(
+        tmp_path / "pip", f"#!/bin/sh\ncat <<'EOF'\n{PIP}EOF\necho no space left >&2\nexit {code}\n"
+    )
+    log = tmp_path / "pip.log"
+    result = source_setup_env(f"install {log} {pip} install || fail 'see {log}'")
+    shown = result.stdout.splitlines()
+    assert shown[:3] == [
+        "   downloading torch, 915.2 MB",
+        "   have nvidia_cublas, 1.2 GB",
+        "   installing 3 packages",
+    ]
+    assert log.read_text(encoding="utf-8") == PIP + "no space left\n"
+    if code == 0:
+        assert (result.returncode, result.stderr, len(shown)) == (0, "", 4)
+        assert re.fullmatch(r"   done in \d+ s", shown[3])
+    else:
+        assert (result.returncode, len(shown)) == (1, 3)
+        assert result.stderr.splitlines()[-2:] == ["no space left", f"ERROR: see {log}"]
 
 
 def test_gaps_in_an_environment_of_ones_own_are_listed_and_nothing_is_installed(tmp_path):

@@ -83,6 +83,12 @@ class Running:
         assert self._trigger is not None, "nothing is to be pruned"
         return self._trigger.last_window
 
+    @property
+    def still_to_come(self) -> tuple[int, ...]:
+        """Iterations of the prunings that have not been committed."""
+        done = 1 if self._pending is not None else 0
+        return tuple(leg.end for leg in self._legs[done:])
+
     def _record_loads(self, args: Namespace) -> Recording | None:
         if self.config.record_interval is None:
             return None

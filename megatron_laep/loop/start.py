@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_laep import events
 from megatron_laep.checks import Refusal
 from megatron_laep.loop import resumption
-from megatron_laep.mcore import arguments, checkpoint
+from megatron_laep.mcore import arguments, checkpoint, symbols
 from megatron_laep.mcore.checkpoint import PENDING, Record
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.plan.expert_map import ExpertMap
@@ -217,7 +217,7 @@ def _own_run(args: Namespace, config: LaepConfig, rebuilt: bool) -> Start | None
     changes = {
         name: value
         for name, value in wanted.items()
-        if (getattr(args, name) or None) != (value or None)
+        if (symbols.argument(args, name) or None) != (value or None)
     }
     if changes:
         events.log("continue", checkpoint=source, **{f"set_{k}": v for k, v in changes.items()})

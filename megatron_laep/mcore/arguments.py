@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep.checks import Refusal
+from megatron_laep.mcore import symbols
 from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.mcore.described_model import model_layout, moe_layer_numbers, router_groups
 from megatron_laep.plan import make_map
@@ -79,7 +80,8 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "--moe-token-dispatcher-type alltoall, or remove the padding",
         ),
         (
-            args.moe_ncclep_static_shape or args.moe_ncclep_zero_copy,
+            symbols.argument(args, "moe_ncclep_static_shape")
+            or symbols.argument(args, "moe_ncclep_zero_copy"),
             "--moe-ncclep-static-shape (or -zero-copy)",
             "its experts write into buffers that layers with different experts cannot share; remove it",
         ),
@@ -112,7 +114,8 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "its state cannot be read through an expert map; use --optimizer adam",
         ),
         (
-            args.gtp_weight_remat_size > 1 or args.expert_gtp_weight_remat_size > 1,
+            symbols.argument(args, "gtp_weight_remat_size") > 1
+            or symbols.argument(args, "expert_gtp_weight_remat_size") > 1,
             "--tensor-parallel-num-weight-shards (or --expert-tensor-parallel-num-weight-shards)",
             "weights that are split further cannot be read through an expert map; leave it out",
         ),
@@ -180,8 +183,8 @@ def _check_job_supported(args: Namespace, config: LaepConfig, legs: Sequence[Leg
             "the random state would be lost at pruning; remove it",
         ),
         (
-            args.override_ckpt_iteration is not None,
-            f"--override-ckpt-iteration {args.override_ckpt_iteration}",
+            symbols.argument(args, "override_ckpt_iteration") is not None,
+            f"--override-ckpt-iteration {symbols.argument(args, 'override_ckpt_iteration')}",
             "a relaunch would set the iteration back each time, and count tokens twice; remove it",
         ),
         (
@@ -294,7 +297,8 @@ def _training_iterations(args: Namespace) -> tuple[int, str]:
         return iterations, f"{flag} and --global-batch-size {args.global_batch_size}"
     schedule = StepBatchsizeNumMicroBatchesCalculator(
         micro_batch_size=args.micro_batch_size,
-        data_parallel_size=args.data_parallel_size * args.gtp_weight_remat_size,
+        data_parallel_size=args.data_parallel_size
+        * symbols.argument(args, "gtp_weight_remat_size"),
         decrease_batch_size_if_needed=False,
         rank=-1,  # not the one that logs
         schedule=args.step_batch_size_schedule,

@@ -34,6 +34,7 @@ from megatron.training import checkpointing
 from torch.distributed import distributed_c10d
 
 from megatron_laep.checks import Refusal
+from megatron_laep.mcore import symbols
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_state import (
     adapt_common_state,
@@ -210,7 +211,7 @@ def read_record(checkpoint: Path | None) -> Record | None:
 @contextlib.contextmanager
 def overridden(args: Namespace, **values: object) -> Iterator[None]:
     """Sets arguments for the time of a block."""
-    before = {name: getattr(args, name) for name in values}
+    before = {name: symbols.argument(args, name) for name in values}
     vars(args).update(values)
     try:
         yield
@@ -325,7 +326,8 @@ def adapting_optimizer_state() -> Iterator[None]:
 
     By chained ones into a single one, and the reverse; by a rank 0 without parameters of one of them.
     """
-    load, load_common = dist_checkpointing.load, serialization.load_common_state_dict
+    common = symbols.looked_up("megatron.core.dist_checkpointing.serialization:load")
+    load, load_common = dist_checkpointing.load, getattr(serialization, common)
 
     def adapted_load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
         wanted = sharded_state_dict.get("optimizer")
@@ -337,11 +339,11 @@ def adapting_optimizer_state() -> Iterator[None]:
                 common_state["optimizer"] = adapt_common_state(common_state["optimizer"], wanted)
             return common_state
 
-        serialization.load_common_state_dict = adapted_common
+        setattr(serialization, common, adapted_common)
         try:
             loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         finally:
-            serialization.load_common_state_dict = load_common
+            setattr(serialization, common, load_common)
         # With some values of --dist-ckpt-strictness, also lists of keys.
         state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
         if state_dict.get("optimizer"):

@@ -21,6 +21,19 @@ from megatron_laep.mcore.slot_table import SlotTable
 from megatron_laep.mcore.token_dispatcher import DISPATCHERS
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 
+# Why no layer of this process may be trained now; None if they may.
+_why_not_trained: str | None = None
+
+
+def refuse_training(reason: str | None) -> None:
+    """Lets the first training pass through a layer raise a Refusal with this sentence; None: none.
+
+    For the time between "prune this job" and the loop that will: a loop that never tells this package
+    of its iterations would train to its end, and nothing would be pruned.
+    """
+    global _why_not_trained
+    _why_not_trained = reason
+
 
 class LaepMoELayer(MoELayer):
     """Megatron's ``MoELayer`` plus a token count for each expert.
@@ -94,15 +107,18 @@ class LaepMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._table = table
 
-    def route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None):
+    def route(self, *inputs, **named):
         token_dropping.forget()
-        probs, routing_map = super().route(hidden_states, padding_mask)
+        # Some Megatron give the router more than the hidden states and a padding mask.
+        probs, routing_map = super().route(*inputs, **named)
         chosen = token_dropping.chosen(routing_map)
         # Under activation recompute the forward runs twice, first without gradients; evaluation is
         # not training. So each token of a training step comes by here exactly once. The sum and the
         # addition stay on the device. A replayed CUDA graph that covers the dispatcher's
         # preprocessing leaves no map here: the addition is in the graph, then.
         if chosen is not None and self.training and torch.is_grad_enabled():
+            if _why_not_trained is not None:
+                raise Refusal(_why_not_trained)
             self.laep_tokens_per_expert += chosen.sum(dim=0)
         return probs, routing_map
 

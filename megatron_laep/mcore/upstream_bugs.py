@@ -416,7 +416,6 @@ BUGS = (
         hook=Hook(
             f"{_OPTIMIZER}:DistributedOptimizer.sharded_param_state_fully_reshardable",
             _fully_reshardable_state,
-            "cut optimizer state out of the right places of padded gradient buffers",
         ),
     ),
     Bug(
@@ -438,7 +437,6 @@ BUGS = (
         hook=Hook(
             f"{_OPTIMIZER}:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
             torch.no_grad(),
-            "load the state of fp32 parameters",
         ),
         in_every_job=True,
     ),

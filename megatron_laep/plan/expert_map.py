@@ -14,49 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, number_within, only_fields, whole_number, whole_numbers
 from megatron_laep.json_text import parse_json
 
 SCHEMA_VERSION = 1
-
-
-def _plain_int(value: object, what: str, minimum: int) -> int:
-    """`value` as a Python int (numpy integers are converted), or a ValueError that names `what`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise Refusal(f"{what} must be an integer, got {value!r}") from None
-    if number < minimum:
-        raise Refusal(f"{what} must be at least {minimum}, got {number}")
-    return number
-
-
-def _plain_ints(values: object, what: str, minimum: int) -> tuple[int, ...]:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise Refusal(f"{what} must be a list of integers, got {values!r}")
-    return tuple(_plain_int(value, f"{what}[{i}]", minimum) for i, value in enumerate(values))
-
-
-def _checked_keys(data: object, known: Iterable[str], where: str) -> Mapping[str, object]:
-    if not isinstance(data, Mapping):
-        raise Refusal(f"{where} must be a JSON object, got {type(data).__name__}")
-    known = set(known)
-    for kind, names in (("unknown", set(data) - known), ("missing", known - set(data))):
-        if names:
-            listed = ", ".join(sorted(map(str, names)))
-            raise Refusal(
-                f"{where} has {kind} fields: {listed}. It was written by another version of "
-                "megatron_laep, or edited: make it anew"
-            )
-    return data
+_OTHER_VERSION = "It was written by another version of megatron_laep, or edited: make it anew"
 
 
 @dataclass(frozen=True)
@@ -84,14 +51,16 @@ class LayerMap:
     loads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        number = _plain_int(self.layer_number, "layer_number", 1)
+        number = whole_number(self.layer_number, "layer_number", 1)
         where = f"layer {number}"
         converted = {
             "layer_number": number,
-            "experts_before": _plain_int(self.experts_before, f"{where}: experts_before", 1),
-            "kept": _plain_ints(self.kept, f"{where}: kept", 0),
-            "experts_per_rank": _plain_ints(self.experts_per_rank, f"{where}: experts_per_rank", 0),
-            "loads": _plain_ints(self.loads, f"{where}: loads", 0),
+            "experts_before": whole_number(self.experts_before, f"{where}: experts_before", 1),
+            "kept": whole_numbers(self.kept, f"{where}: kept", 0),
+            "experts_per_rank": whole_numbers(
+                self.experts_per_rank, f"{where}: experts_per_rank", 0
+            ),
+            "loads": whole_numbers(self.loads, f"{where}: loads", 0),
         }
         for name, value in converted.items():
             object.__setattr__(self, name, value)
@@ -138,7 +107,7 @@ class LayerMap:
 
 def equal_blocks(num_experts: int, expert_parallel_size: int, layer_number: int) -> tuple[int, ...]:
     """Experts on each EP rank, equal counts; ValueError if they do not divide."""
-    ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
+    ranks = whole_number(expert_parallel_size, "expert-model-parallel-size", 1)
     if num_experts % ranks:
         raise Refusal(
             f"layer {layer_number} keeps {num_experts} experts, not divisible by "
@@ -204,15 +173,11 @@ class ExpertMap:
             ("expert_parallel_size_after", 1),
             ("top_k", 1),
         ):
-            object.__setattr__(self, name, _plain_int(getattr(self, name), name, minimum))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, minimum))
         for name in ("alpha", "placement"):
             if not isinstance(getattr(self, name), str):
                 raise Refusal(f"{name} must be a string, got {getattr(self, name)!r}")
-        if isinstance(self.beta, bool | str) or not hasattr(self.beta, "__float__"):
-            raise Refusal(f"beta must be a number, got {self.beta!r}")
-        object.__setattr__(self, "beta", float(self.beta))
-        if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise Refusal(f"beta must be within 0 and 1, got {self.beta}")
+        object.__setattr__(self, "beta", number_within(self.beta, "beta", 0, 1))
         layers = tuple(self.layers)
         if not layers or not all(isinstance(layer, LayerMap) for layer in layers):
             raise Refusal(f"layers must be one or more LayerMap values, got {self.layers!r}")
@@ -279,7 +244,7 @@ class ExpertMap:
         A layer with fewer experts than ranks leaves some of them without.
         Errors: ValueError if all layers together have fewer.
         """
-        ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
+        ranks = whole_number(expert_parallel_size, "expert-model-parallel-size", 1)
         if ranks == self.expert_parallel_size_after:
             return self
         blocks = near_equal_blocks([layer.experts_after for layer in self.layers], ranks)
@@ -339,12 +304,14 @@ class ExpertMap:
             )
         names = [field.name for field in fields(cls)]
         content = {name: value for name, value in data.items() if name != "hash"}
-        _checked_keys(content, [*names, "schema_version"], "the expert map")
+        only_fields(content, [*names, "schema_version"], "the expert map", _OTHER_VERSION)
         if not isinstance(content["layers"], list | tuple):
             raise Refusal(f"layers must be a list, got {content['layers']!r}")
         layer_names = [field.name for field in fields(LayerMap)]
         content["layers"] = tuple(
-            LayerMap(**_checked_keys(layer, layer_names, f"layers[{i}] of the expert map"))
+            LayerMap(
+                **only_fields(layer, layer_names, f"layers[{i}] of the expert map", _OTHER_VERSION)
+            )
             for i, layer in enumerate(content["layers"])
         )
         expert_map = cls(**{name: content[name] for name in names})

@@ -43,7 +43,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, whole_number, whole_numbers
 from megatron_laep.json_text import read_json
 
 _LOGGER = logging.getLogger(__name__)
@@ -89,12 +89,10 @@ class LoadLogHeader:
 
     def __post_init__(self) -> None:
         for name in ("layer_numbers", "expert_counts"):
-            values = checked_integers(getattr(self, name), name, minimum=1)
+            values = whole_numbers(getattr(self, name), name, 1)
             object.__setattr__(self, name, values)
         for name in ("top_k", "interval"):
-            object.__setattr__(
-                self, name, checked_integers([getattr(self, name)], name, minimum=1)[0]
-            )
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
         for name in ("lineage", "original_ids", "experts_per_rank"):
             if not isinstance(getattr(self, name), list | tuple):
                 raise Refusal(f"{name} must be a list, got {getattr(self, name)!r}")
@@ -102,7 +100,7 @@ class LoadLogHeader:
             raise Refusal(f"lineage must be a list of map hashes, got {list(self.lineage)!r}")
         object.__setattr__(self, "lineage", tuple(self.lineage))
         for name in ("original_ids", "experts_per_rank"):
-            rows = tuple(checked_integers(row, name, minimum=0) for row in getattr(self, name))
+            rows = tuple(whole_numbers(row, name, 0) for row in getattr(self, name))
             object.__setattr__(self, name, rows)
         numbers, counts = self.layer_numbers, self.expert_counts
         if not numbers or list(numbers) != sorted(set(numbers)):
@@ -189,23 +187,12 @@ def checked_blocks(value: object, expert_counts: Sequence[int]) -> tuple[tuple[i
     """Experts on each rank, for each layer, if they are those of layers of `expert_counts`."""
     if not isinstance(value, list | tuple) or len(value) != len(expert_counts):
         raise Refusal(f"experts_per_rank must have a list for each of {len(expert_counts)} layers")
-    blocks = tuple(checked_integers(row, "experts_per_rank", minimum=0) for row in value)
+    blocks = tuple(whole_numbers(row, "experts_per_rank", 0) for row in value)
     if list(map(sum, blocks)) != list(expert_counts) or len(set(map(len, blocks))) != 1:
         raise Refusal(
             "experts_per_rank must sum to the experts of each layer, on equally many ranks"
         )
     return blocks
-
-
-def checked_integers(values: object, what: str, minimum: int) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple):
-        raise Refusal(f"{what} must be a list of integers, got {values!r}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-            raise Refusal(f"{what} must be integers of at least {minimum}, got {value!r}")
-        if value >= 2**62:
-            raise Refusal(f"{what}: {value} is more than 64-bit integers hold")
-    return tuple(int(value) for value in values)
 
 
 def crc32_of(record: bytes) -> int:

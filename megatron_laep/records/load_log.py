@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, whole_number, whole_numbers
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import near_equal_blocks
 from megatron_laep.plan.loads import Loads
@@ -27,7 +27,6 @@ from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.windows import part_ends
 from megatron_laep.records.load_format import (
     FORMAT,
-    checked_integers,
     read_header,
     sound_records,
     token_counts,
@@ -279,13 +278,9 @@ def _from_json(data: object, path: Path) -> LoadLog:
 
 def _of_windows(data: dict, path: Path) -> LoadLog:
     """JSON of one row of matrices."""
-    numbers = checked_integers(data["layer_numbers"], "layer_numbers", minimum=1)
-    lasts = checked_integers(
-        data["last_iteration_of_window"], "the last iterations of the windows", minimum=1
-    )
-    (interval,) = checked_integers(
-        [data.get("window_iterations")], "the iterations of a window", minimum=1
-    )
+    numbers = whole_numbers(data["layer_numbers"], "layer_numbers", 1)
+    lasts = whole_numbers(data["last_iteration_of_window"], "the last iterations of the windows", 1)
+    interval = whole_number(data.get("window_iterations"), "the iterations of a window", 1)
     windows = data["tokens"]
     if not isinstance(windows, list) or len(windows) != len(lasts):
         raise Refusal(f"tokens must hold one matrix for each of the {len(lasts)} windows")

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, named_fields, whole_number, whole_numbers
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.windows import OpenWindow
-from megatron_laep.records.load_format import checked_blocks, checked_integers, token_counts
+from megatron_laep.records.load_format import checked_blocks, token_counts
 
 FORMAT = "megatron_laep pruning loads"
 VERSION = 1
@@ -97,21 +97,15 @@ class PruningLoads:
         None; without parts, the window is one.
         Errors: ValueError for another version, missing fields and damage.
         """
-        _check_fields(
-            data, ("iteration", "window", "layer_numbers", "tokens"), "it must be an object with"
-        )
+        data = named_fields(data, ("iteration", "window", "layer_numbers", "tokens"), "it")
         if data.get("format", FORMAT) != FORMAT or data.get("version", VERSION) != VERSION:
             raise Refusal(
                 f"it has format {data.get('format')!r} and version {data.get('version')!r}, this "
                 f"megatron_laep reads {FORMAT!r} and {VERSION}: use the version that wrote it"
             )
-        numbers = checked_integers(data["layer_numbers"], "layer_numbers", minimum=1)
-        (iteration,) = checked_integers([data["iteration"]], "iteration", minimum=1)
-        window = data["window"]
-        if type(window) is not int or not 1 <= window <= iteration:
-            raise Refusal(
-                f"window must be an integer from 1 to {iteration}, got {str(window)[:40]}"
-            )
+        numbers = whole_numbers(data["layer_numbers"], "layer_numbers", 1)
+        iteration = whole_number(data["iteration"], "iteration", 1)
+        window = whole_number(data["window"], "window", 1, most=iteration)
         whole = Loads.of_window(_rows(data["tokens"], numbers, ""), numbers)
         ends, loads = (iteration,), whole
         if data.get("parts"):
@@ -135,12 +129,12 @@ def facts_of_model(data: Mapping, experts: Mapping[int, int]) -> dict[str, Any]:
     Errors: ValueError.
     """
     facts: dict[str, Any] = {
-        name: checked_integers([data[name]], name, minimum=1)[0]
+        name: whole_number(data[name], name, 1)
         for name in ("top_k", "expert_parallel_size")
         if data.get(name) is not None
     }
     if data.get("stages") is not None:
-        facts["stages"] = checked_integers(data["stages"], "stages", minimum=0)
+        facts["stages"] = whole_numbers(data["stages"], "stages", 0)
         if len(facts["stages"]) != len(experts):
             raise Refusal(f"there are {len(facts['stages'])} stages for {len(experts)} layers")
     if data.get("experts_per_rank") is not None:
@@ -153,9 +147,9 @@ def _parts(parts: object, numbers: tuple[int, ...]) -> tuple[tuple[int, ...], Lo
     if not isinstance(parts, list):
         raise Refusal("parts must be a list, of the one window that tokens are of")
     for part in parts:
-        _check_fields(part, ("last_iteration", "tokens"), "each of the parts must have")
-    ends = checked_integers(
-        [part["last_iteration"] for part in parts], "the last iterations of the parts", minimum=1
+        named_fields(part, ("last_iteration", "tokens"), "each of the parts")
+    ends = whole_numbers(
+        [part["last_iteration"] for part in parts], "the last iterations of the parts", 1
     )
     rows = [
         _rows(part["tokens"], numbers, f"part that ends at iteration {end}, ")
@@ -175,8 +169,3 @@ def _rows(tokens: object, numbers: Sequence[int], where: str) -> list:
         token_counts(row, f"{where}layer {number}")
         for row, number in zip(tokens, numbers, strict=True)
     ]
-
-
-def _check_fields(data: object, names: Sequence[str], what: str) -> None:
-    if not isinstance(data, dict) or any(name not in data for name in names):
-        raise Refusal(f"{what} the fields {' and '.join(names)}")

@@ -1,6 +1,6 @@
 """What a run printed: Megatron's lines, the package's events, the arguments; read from train.log.
 
-Stands after a run: `scripts/summarize_run.py` and `tools/report.py` read logs through it. Every
+Stands after a run: `laep summary` and `laep report` read logs through it. Every
 value carries the row of the log that it stands in, so that a figure can be traced to it. Needs no
 torch.
 """
@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_laep.checks import Refusal
+
+LOG_NAME = "train.log"
+"""Where the tools look for a job's output, in its --save folder."""
 
 _COUNT = r"\d{1,18}"
 _ITERATION = re.compile(rf"\biteration +({_COUNT})/ *({_COUNT}) \|(.*)")

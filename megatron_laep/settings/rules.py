@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, number_within, whole_number
+from megatron_laep.settings.fields import flag, setting
 
 PLACEMENTS = ("balanced", "greedy", "none")
 GROUP_RULES = ("group", "layer")
@@ -27,13 +28,59 @@ class PruningRules:
     `validate`.
     """
 
-    alpha: str = "0.4"
-    beta: float = 0.1
-    expert_multiple: int | None = None
-    placement: str = "balanced"
-    allow_empty_ranks: bool = False
-    max_experts_per_rank_spread: int | None = None
-    group_rule: str = "group"
+    alpha: str = setting(
+        "0.4",
+        "Prune an expert only if its load is at most alpha times the mean load of its layer. "
+        "One number >= 0, inf for no such limit, or numbers by layer range, such as "
+        "0.2:1-10,0.4:11-93,0.2:94-103 (layers count from 1; every MoE layer in exactly one "
+        "range; default: {default}).",
+        metavar="SPEC",
+    )
+    beta: float = setting(
+        0.1,
+        "Prune only among the least busy experts that together got less than the share X (0 "
+        "to 1) of their layer's tokens; 0 prunes nothing (default: {default}).",
+        metavar="X",
+        type=float,
+    )
+    expert_multiple: int | None = setting(
+        None,
+        "Round the number of experts that a layer keeps up to a multiple of M (default: the "
+        "expert-parallel size after pruning). With a multiple of that size, each rank holds equally "
+        "many experts of a layer; with another one, such as 1, the ranks' counts may differ.",
+        metavar="M",
+        type=int,
+    )
+    placement: str = setting(
+        "balanced",
+        "balanced: place the kept experts so that the busiest expert-parallel rank has the "
+        "fewest tokens, mean over parts of the window. greedy: LAEP Algorithm 2, where counts may "
+        "differ without its limit on the experts of a rank. none: keep their order, in blocks as "
+        "equal as possible (default: {default}).",
+        choices=PLACEMENTS,
+    )
+    allow_empty_ranks: bool = setting(
+        False,
+        "Where counts may differ, a rank may hold no expert of a layer, if it holds one of "
+        "another layer of its pipeline stage (default: at least one of each layer).",
+    )
+    max_experts_per_rank_spread: int | None = setting(
+        None,
+        "Where counts may differ: how many experts, over all layers of a pipeline stage, the "
+        "fullest rank may have more than the emptiest; 0 is taken for 1 where they do not divide "
+        "(default: the fullest rank at most 2 %% above the mean, or as near to it as whole experts "
+        "come).",
+        metavar="S",
+        type=int,
+    )
+    group_rule: str = setting(
+        "group",
+        "With --moe-router-num-groups, where all groups of a layer keep as many experts as the one "
+        "that keeps the most. group: alpha and beta are applied to each group by itself, so that a "
+        "busy group does not keep idle experts of the others. layer: to the whole layer "
+        "(default: {default}).",
+        choices=GROUP_RULES,
+    )
 
     @cached_property
     def alpha_spec(self) -> AlphaSpec:
@@ -46,18 +93,10 @@ class PruningRules:
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the model. Errors: ValueError that names the flag."""
-        multiple = self.expert_multiple
-        if multiple is not None and (
-            not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1
-        ):
-            raise Refusal(
-                f"--laep-expert-multiple must be an integer of at least 1, got {multiple!r}"
-            )
+        if self.expert_multiple is not None:
+            whole_number(self.expert_multiple, flag("expert_multiple"), 1)
         AlphaSpec.parse(self.alpha)
-        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
-            raise Refusal(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
-        if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise Refusal(f"--laep-beta must be within 0 and 1, got {self.beta}")
+        number_within(self.beta, flag("beta"), 0, 1)
         if self.placement not in PLACEMENTS:
             raise Refusal(
                 f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
@@ -69,11 +108,7 @@ class PruningRules:
             )
         spread = self.max_experts_per_rank_spread
         if spread is not None:
-            if not isinstance(spread, int) or isinstance(spread, bool) or spread < 0:
-                raise Refusal(
-                    f"--laep-max-experts-per-rank-spread must be an integer of at least 0, got "
-                    f"{spread!r}"
-                )
+            whole_number(spread, flag("max_experts_per_rank_spread"), 0)
             if self.placement != "balanced":
                 raise Refusal(
                     f"--laep-max-experts-per-rank-spread {spread} needs --laep-placement balanced: "

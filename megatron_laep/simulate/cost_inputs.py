@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, number_within, whole_number, whole_numbers
 from megatron_laep.plan.expert_map import ExpertMap, equal_blocks
 from megatron_laep.plan.placement import rank_loads
 
-_LARGEST = 1e18
+_LARGEST = 10**18
 """No number of a model or a machine is larger; products of them stay within floats and memory."""
 
 _MOST_LAYERS = 10**5
@@ -27,35 +27,17 @@ def _check_numbers(value: object, where: str, minimum: Mapping[str, float]) -> N
     Fields that are annotated as int must be integers.
     """
     for name, least in minimum.items():
-        number = getattr(value, name)
-        whole = value.__dataclass_fields__[name].type == "int"
-        kind = int if whole else int | float
-        if not isinstance(number, kind) or isinstance(number, bool):
-            wanted = "an integer" if whole else "a number"
-            raise Refusal(f"{where}: {name} must be {wanted}, got {number!r}")
-        if not least <= number <= _LARGEST:  # also refuses NaN
-            wanted = f"{least:g} to {_LARGEST:g}" if number > _LARGEST else f"at least {least:g}"
-            raise Refusal(f"{where}: {name} must be {wanted}, got {_short(number)}")
-
-
-def _short(number: float) -> str:
-    """As it is written, cut off where it has hundreds of digits."""
-    text = str(number)
-    return text if len(text) <= 30 else f"{text[:30]}..."
+        number, what = getattr(value, name), f"{where}: {name}"
+        if value.__dataclass_fields__[name].type == "int":
+            whole_number(number, what, int(least), most=_LARGEST)
+        else:
+            number_within(number, what, least, _LARGEST)
 
 
 def _check_flags(value: object, where: str, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(value, name), bool):
             raise Refusal(f"{where}: {name} must be true or false, got {getattr(value, name)!r}")
-
-
-def _whole_numbers(values: object, what: str, least: int) -> tuple[int, ...]:
-    """`values` as a tuple, or a ValueError unless it is a list of integers >= least."""
-    is_list = isinstance(values, list | tuple)
-    if not is_list or not all(type(number) is int and number >= least for number in values):
-        raise Refusal(f"{what} must be a list of integers >= {least}, got {values!r}")
-    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -103,15 +85,11 @@ class ModelShape:
             raise Refusal(
                 f"model: num_layers must be at most {_MOST_LAYERS}, got {self.num_layers}"
             )
-        other = self.other_parameters
-        if other is not None and not (type(other) is int and 0 <= other <= _LARGEST):
-            raise Refusal(
-                f"model: other_parameters must be an integer from 0 to {_LARGEST:g}, got "
-                f"{_short(other)}"
-            )
+        if self.other_parameters is not None:
+            whole_number(self.other_parameters, "model: other_parameters", 0, most=_LARGEST)
         if self.top_k > self.num_experts:
             raise Refusal(f"model: top_k {self.top_k} is more than {self.num_experts} experts")
-        layers = tuple(sorted(_whole_numbers(self.moe_layers, "model: moe_layers", 1)))
+        layers = tuple(sorted(whole_numbers(self.moe_layers, "model: moe_layers", 1)))
         layers = layers or tuple(range(1, self.num_layers + 1))
         if layers[-1] > self.num_layers or len(set(layers)) < len(layers):
             raise Refusal(
@@ -242,7 +220,7 @@ class Parallelism:
         if self.recompute not in ("full", "none"):
             raise Refusal(f"parallelism: recompute must be full or none, got {self.recompute!r}")
         _check_flags(self, "parallelism", "distributed_optimizer")
-        counts = _whole_numbers(self.layers_per_stage, "parallelism: layers_per_stage", 0)
+        counts = whole_numbers(self.layers_per_stage, "parallelism: layers_per_stage", 0)
         object.__setattr__(self, "layers_per_stage", counts)
         self.check_expert_parallel_size(self.expert)
 

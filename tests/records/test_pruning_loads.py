@@ -56,8 +56,8 @@ def test_a_file_from_before_the_format_had_a_name():
     [
         ({"format": "megatron_laep loads"}, "reads 'megatron_laep pruning loads' and 1: use the"),
         ({"version": 2}, "it has format None and version 2, this megatron_laep reads"),
-        ({"iteration": 0}, "iteration must be integers of at least 1, got 0"),
-        ({"window": 7}, "window must be an integer from 1 to 6, got 7"),
+        ({"iteration": 0}, "iteration must be an integer of at least 1, got 0"),
+        ({"window": 7}, "window must be an integer of at most 6, got 7"),
         ({"iteration": 7}, "the last of the parts must end at iteration 7"),
         ({"tokens": 5}, "tokens must be a list"),
         ({"tokens": OLD["tokens"][:2]}, "it has tokens of 2 layers for 4: the file is incomplete"),
@@ -71,5 +71,8 @@ def test_damage(changes, message):
 
 
 def test_fields_that_must_be_there():
-    with pytest.raises(ValueError, match="the fields iteration and window and layer_numbers and"):
+    with pytest.raises(
+        ValueError,
+        match="it must be an object with the fields iteration, window, layer_numbers, tokens",
+    ):
         PruningLoads.from_dict({name: OLD[name] for name in OLD if name != "window"})

@@ -22,19 +22,23 @@ from tqdm import tqdm
 from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.stability import Comparison, compare
 from megatron_laep.records import decision_log
-from megatron_laep.records.training_log import TrainingLog, mean_between, median_milliseconds
+from megatron_laep.records.training_log import (
+    LOG_NAME,
+    TrainingLog,
+    mean_between,
+    median_milliseconds,
+)
 from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools.report.load_history import LoadHistory, Window, original_ids, read_history
 from megatron_laep.tools.report.run_files import (
-    LOG_NAME,
     Pruning,
     read_decisions,
     read_log,
     read_prunings,
 )
 
-# Means over so many iterations on either side of a pruning, as in scripts/summarize_run.py.
+# Means over so many iterations on either side of a pruning, as in `laep summary`.
 MEAN_WINDOW = 20
 # What keeps the page below 6 MB beside Plotly's 4.8: characters of the heat map's windows, and lines
 # of the log in a curve.
