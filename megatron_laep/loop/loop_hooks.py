@@ -32,7 +32,9 @@ from megatron_laep.mcore import symbols
 from megatron_laep.mcore.checkpoint import ENTRY, Writer
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
+from megatron_laep.mcore.quantile_balancing import with_any_experts
 from megatron_laep.mcore.rebuild import release
+from megatron_laep.mcore.token_dropping import note_choice
 from megatron_laep.mcore.upstream_bugs import mend_help
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 from megatron_laep.settings import flags
@@ -62,6 +64,15 @@ def hooks() -> list[Hook]:
             "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
             _update_router_expert_bias,
         ),
+        Hook(
+            "megatron.core.distributed.finalize_model_grads:_update_router_qb_beta",
+            _update_router_qb_beta,
+        ),
+        Hook(
+            "megatron.core.transformer.moe.router:qb_dual_update",
+            lambda original: with_any_experts(original, _pruned),
+        ),
+        Hook("megatron.core.transformer.moe.router:apply_router_token_dropping", note_choice),
     ]
 
 
@@ -288,18 +299,30 @@ def _checkpoint_and_decide_exit(original):
 
 
 def _update_router_expert_bias(original):
-    def update_router_expert_bias(model, *more, **named):
+    return _by_length(original, "expert_bias")
+
+
+def _update_router_qb_beta(original):
+    return _by_length(original, "qb_beta")
+
+
+def _by_length(original, vector: str):
+    """Of an update of one vector per layer: Megatron stacks those of all layers.
+
+    That needs one length. So layers of one length at a time, in the order of first appearance, the same
+    on all ranks of a stage. Each call gets a stand-in for a model chunk: all that the function asks of
+    one is modules().
+    """
+
+    def update(model, *more, **named):
         if not _pruned():
             return original(model, *more, **named)
-        # Megatron stacks the vectors of all layers, which needs one length. Layers of one length
-        # at a time, in the order of first appearance, the same on all ranks of a stage. Each call
-        # gets a stand-in for a model chunk: all that the function asks of one is modules().
         routers: dict[int, list[torch.nn.Module]] = {}
         for chunk in model:
             for module in chunk.modules():
-                if getattr(module, "expert_bias", None) is not None:
-                    routers.setdefault(module.expert_bias.numel(), []).append(module)
+                if getattr(module, vector, None) is not None:
+                    routers.setdefault(getattr(module, vector).numel(), []).append(module)
         for same_length in routers.values():
             original([SimpleNamespace(modules=lambda found=same_length: found)], *more, **named)
 
-    return update_router_expert_bias
+    return update

@@ -205,6 +205,7 @@ def read_plan(
         prunings: the iterations of those that are still to come.
         present: the map that the model follows that is to be pruned; None for the full model.
     """
+    assert config.plan is not None, "there is no --laep-plan to read"
     path = Path(config.plan)
     if len(prunings) > 1:
         raise Refusal(
@@ -238,6 +239,7 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
     Also for jobs without ``--laep`` flags that open a pruned checkpoint."""
     _refuse(args, When.MODEL, f"in a model that was pruned ({where})")
     expert_map = record.lineage.composed
+    assert expert_map is not None, "the record is of a model that was not pruned"
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()
     if expert_map.layer_numbers != numbers:
         raise Refusal(
@@ -259,7 +261,9 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
             f"{expert_map.top_k} or at most {smallest.experts_after}"
         )
     groups = router_groups(args)
-    for layer in expert_map.layers if groups is not None else ():
+    for layer in expert_map.layers:
+        if groups is None:
+            break
         try:
             check_kept_groups(layer.kept, layer.experts_before, layer.experts_per_rank, groups)
         except ValueError as error:

@@ -20,7 +20,7 @@ from megatron_laep.mcore.slot_table import SlotTable
 from megatron_laep.plan.expert_map import LayerMap
 
 # Per-expert tensors of the router, with one row for each expert.
-_ROUTER_ROWS = ("router.weight", "router.bias", "router.expert_bias")
+_ROUTER_ROWS = ("router.weight", "router.bias", "router.expert_bias", "router.qb_beta")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,22 @@ HOOKED = (
         "update expert biases of layers with different expert counts",
         takes="model",
     ),
+    Symbol(
+        f"{_CORE}.distributed.finalize_model_grads:_update_router_qb_beta",
+        "update quantile balancing's biases of layers with different expert counts",
+        takes="model",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.moe.router:qb_dual_update",
+        "take quantiles in layers whose experts do not divide the tokens",
+        takes="scores, k, beta, update_beta",
+        exactly=True,
+    ),
+    Symbol(
+        f"{_CORE}.transformer.moe.router:apply_router_token_dropping",
+        "count what the router chose, and not what a capacity factor leaves of it",
+        takes="routing_probs, routing_map",
+    ),
 )
 
 # -- whoever calls what is replaced: a hook is only called where its name is looked up ---------------
@@ -185,8 +201,18 @@ CALLERS = (
     ),
     Symbol(
         f"{_CORE}.distributed.finalize_model_grads:finalize_model_grads",
-        "have expert biases updated by the hook",
-        looks_up="_update_router_expert_bias",
+        "have expert biases updated by the hooks",
+        looks_up="_update_router_expert_bias, _update_router_qb_beta",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.moe.router:TopKRouter.routing",
+        "have the router's choice noted before tokens are dropped",
+        looks_up="apply_router_token_dropping",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.moe.router:TopKRouter.quantile_balancing",
+        "have quantiles taken by the hook",
+        looks_up="qb_dual_update",
     ),
 )
 
@@ -303,6 +329,7 @@ USED = (
             "num_moe_experts": "give each layer its own experts",
             "moe_router_topk": "count the tokens that a rank sends",
             "moe_token_dispatcher_type": "build the dispatcher for unequal counts",
+            "moe_pad_expert_input_to_capacity": "pad to capacity with unequal counts",
             "moe_flex_dispatcher_backend": "mark empty slots for each of its back ends",
             "heterogeneous_block_specs": "give each layer its own experts",
             "grad_scale_func": "let go of the old model",
@@ -370,6 +397,22 @@ USED = (
         f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.num_out_tokens",
         "count the tokens that a rank sends",
     ),
+    *_members(
+        f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher",
+        {
+            name: "pad to capacity with unequal counts"
+            for name in (
+                "drop_and_pad",
+                "capacity",
+                "num_experts",
+                "num_local_experts",
+                "input_splits",
+                "output_splits",
+                "tp_size",
+                "ep_size",
+            )
+        },
+    ),
     Symbol(
         f"{_DISPATCHER}:MoEAllGatherTokenDispatcher.dispatch_postprocess",
         "take part without experts",
@@ -392,6 +435,14 @@ USED = (
     Symbol(
         f"{_CORE}.transformer.moe.router:TopKRouter.expert_bias",
         "update expert biases of layers with different expert counts",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.moe.router:TopKRouter.qb_beta",
+        "update quantile balancing's biases of layers with different expert counts",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.moe.router_replay:RouterReplay.clear_global_router_replay_instances",
+        "forget the old model's routers",
     ),
 )
 

@@ -56,11 +56,6 @@ def spanned(args: Namespace, prunings: Sequence[int]) -> int | None:
     return next((iteration for iteration in prunings if iteration in profiled), None)
 
 
-def _quantile_balancing(args: Namespace, _) -> bool:
-    balancing = args.moe_router_load_balancing_type
-    return "quantile_balancing" in (balancing if isinstance(balancing, list) else [balancing])
-
-
 def _delayed_scaling(args: Namespace, _) -> bool:
     return bool(args.fp8) and args.fp8_recipe == "delayed"
 
@@ -81,10 +76,12 @@ ROWS = (
     ),
     Row(
         When.MODEL,
-        "--moe-router-load-balancing-type quantile_balancing",
-        _quantile_balancing,
-        "it wants one expert count for all layers",
-        "use another type, or none",
+        "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex",
+        lambda args, _: (
+            args.moe_pad_expert_input_to_capacity and args.moe_token_dispatcher_type == "flex"
+        ),
+        "its kernels size their buffers by one capacity for equally many experts on all ranks",
+        "use --moe-token-dispatcher-type alltoall, or remove the padding",
     ),
     Row(
         When.MODEL,
@@ -183,30 +180,15 @@ ROWS = (
         When.PRUNING,
         "--moe-router-force-load-balancing",
         lambda args, _: args.moe_router_force_load_balancing,
-        "random routing says nothing about the experts",
-        "remove it",
+        "random routing says nothing about the experts, so there is nothing to prune by",
+        "remove it (--laep-record-interval alone records it)",
     ),
     Row(
         When.PRUNING,
         "--moe-router-force-biased {moe_router_force_biased}",
         lambda args, _: args.moe_router_force_biased is not None,
-        "random biases say nothing about the experts",
-        "remove it",
-    ),
-    Row(
-        When.PRUNING,
-        "--moe-expert-capacity-factor {moe_expert_capacity_factor}",
-        lambda args, _: args.moe_expert_capacity_factor is not None,
-        "tokens beyond the capacity are dropped before they are counted, so busy experts would look "
-        "less busy",
-        "remove it",
-    ),
-    Row(
-        When.PRUNING,
-        "--moe-enable-routing-replay",
-        lambda args, _: args.moe_enable_routing_replay,
-        "recorded expert ids would be stale after pruning",
-        "remove it",
+        "random biases say nothing about the experts, so there is nothing to prune by",
+        "remove it (--laep-record-interval alone records it)",
     ),
     Row(
         When.PRUNING,
@@ -331,13 +313,6 @@ ROWS = (
         _OR_RELAUNCH,
     ),
     # -- ranks with different numbers of experts ------------------------------------------------------
-    Row(
-        When.UNEVEN,
-        "--moe-pad-expert-input-to-capacity",
-        lambda args, _: args.moe_pad_expert_input_to_capacity,
-        "it sends each rank equally many tokens",
-        "remove it",
-    ),
     Row(
         When.UNEVEN,
         "--fp8-recipe delayed",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_laep.plan.expert_map import ExpertMap
+from tests.support import maps
 from tests.support.forks import Outcome
 from tests.support.runs import tiny_arguments
 
@@ -17,7 +18,7 @@ KEPT = {number: (5, 1, 0, 4) for number in LAYERS}
 
 
 def expert_map(kept=KEPT, *, iteration=10, ranks=2, experts=8, top_k=2) -> ExpertMap:
-    return ExpertMap.from_kept(
+    return maps.from_kept(
         kept, experts_before=experts, expert_parallel_size=ranks, top_k=top_k, iteration=iteration
     )
 
@@ -78,17 +79,6 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
-    "quantile balancing": (
-        {"moe_router_load_balancing_type": "quantile_balancing"},
-        ["--moe-router-load-balancing-type quantile_balancing"],
-    ),
-    "quantile balancing among others": (
-        {
-            "moe_router_load_balancing_type": ["seq_aux_loss", "quantile_balancing"],
-            "moe_aux_loss_coeff": [1e-3, 1e-3],
-        },
-        ["--moe-router-load-balancing-type quantile_balancing"],
-    ),
     "MTP": ({"mtp_num_layers": 1}, ["--mtp-num-layers 1"]),
     "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
