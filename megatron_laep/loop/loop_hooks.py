@@ -94,7 +94,7 @@ def _parse_args(original):
                 f"--yaml-cfg {yaml} replaces the command line, and with it "
                 f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
             )
-        if args.yaml_cfg is None:
+        if yaml is None:
             # From here on it is known what was asked for, and not yet whether the loop is Megatron's.
             session.expect(session.config or LaepConfig.from_arguments(args))
         # A YAML job does not pass by validate_args, so it could not follow a pruned checkpoint's map.
