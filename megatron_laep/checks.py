@@ -57,7 +57,8 @@ def whole_numbers(values: object, what: str, minimum: int) -> tuple[int, ...]:
 
 def number_within(value: object, what: str, low: float, high: float) -> float:
     """`value` as a float, both ends included. Errors: Refusal, also for NaN, a bool or a text."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    number: Any = value  # what `Real` is for mypy cannot be compared
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= number <= high:
         raise Refusal(f"{what} must be within {low:g} and {high:g}, got {_short(repr(value))}")
     return float(value)
 

@@ -34,7 +34,7 @@ class PrunedCheckpoint:
         # Megatron checks that the common state is the same on all ranks.
         return type(other) is type(self) and other.record == self.record
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # Python's own way to say so
 
 
 _allowed = False

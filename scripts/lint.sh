@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Looks at the code without running it: ruff's checks and its format. .ci/run starts with it.
+# Looks at the code without running it: ruff's checks and its format, mypy (strict on settings, plan and
+# records). .ci/run starts with it.
 #
 #     scripts/lint.sh          # exit code 0 if there is nothing to say
 #     scripts/lint.sh --fix    # also puts right what ruff can: imports, format
@@ -21,4 +22,5 @@ cd "$REPOSITORY"
 status=0
 "$VENV_PYTHON" -m ruff check "${check[@]}" . || status=1
 "$VENV_PYTHON" -m ruff format "${format[@]}" . || status=1
+"$VENV_PYTHON" -m mypy || status=1
 exit "$status"

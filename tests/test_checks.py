@@ -52,6 +52,10 @@ def test_what_is_no_whole_number(value):
         (lambda: whole_numbers(3, "ids", 1), "ids must be a list of integers, got 3"),
         (lambda: number_within(1.5, "x", 0, 1), "x must be within 0 and 1, got 1.5"),
         (lambda: number_within(math.nan, "x", 0, 1), "x must be within 0 and 1, got nan"),
+        (
+            lambda: number_within(10**1000, "x", 0, 1),
+            f"x must be within 0 and 1, got 1{'0' * 39}...",
+        ),
         (lambda: number_within("0.5", "x", 0, 1), "x must be within 0 and 1, got '0.5'"),
         (lambda: number_within(True, "x", 0, 1), "x must be within 0 and 1, got True"),
         (

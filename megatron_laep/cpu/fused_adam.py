@@ -107,7 +107,7 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param)
         averages = [self.state[param]["exp_avg"] for param in params]
         squares = [self.state[param]["exp_avg_sq"] for param in params]
-        grads = [param.grad for param in params]
+        grads: list[torch.Tensor] | tuple[torch.Tensor, ...] = [param.grad for param in params]
 
         beta1, beta2 = group["betas"]
         lr, weight_decay, step = group["lr"], group["weight_decay"], group["step"]

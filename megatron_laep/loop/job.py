@@ -7,6 +7,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Running:
         elif start.legs:
             make_map.check_counts(self.layout, self.config.rules)
         self._log_start_LE = self.stats.snapshot()
-        self.folder = Path(args.save) / "laep" if args.save else None
+        self._folder = Path(args.save) / "laep" if args.save else None
         self._say_what_is_done(start.legs)
         if start.legs and events.is_rank_0():
             with contextlib.suppress(OSError):  # the training is worth more than its record
@@ -76,6 +77,12 @@ class Running:
         self.committing = self.committed = False
         self._follow(start.legs, args.iteration, self._record)
         self._recording = self._record_loads(args)
+
+    @property
+    def folder(self) -> Path:
+        """Where what is recorded goes; jobs that record or prune have --save."""
+        assert self._folder is not None, "a job without --save has nothing to record"
+        return self._folder
 
     @property
     def last_window(self) -> OpenWindow:
@@ -171,7 +178,7 @@ class Running:
         """What a checkpoint of this iteration says, which is about to be written. A collective."""
         if self._pending is not None:
             self.committed = True
-            state = dict(lineage=self._pending, map_state=PENDING)
+            state: dict[str, Any] = dict(lineage=self._pending, map_state=PENDING)
         else:
             ended, window = self._trigger.state(iteration) if self._trigger else ((), None)
             applied = APPLIED if self.lineage.steps else None

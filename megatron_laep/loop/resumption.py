@@ -71,7 +71,7 @@ def _check_windows(record: Record, leg: Leg, config: LaepConfig, where: object) 
         )
     if not (config.prune_when_stable or config.require_stable):
         return
-    position = leg.position(record.iteration, held and held.start)
+    position = leg.position(record.iteration, held.start if held else None)
     ended = leg.continued([(window.start, window.end) for window in record.ended], position)
     windows = ended + (leg.end - position) // leg.window
     if windows < leg.needed:

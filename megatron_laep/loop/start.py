@@ -101,7 +101,7 @@ class Start:
             start = dataclasses.replace(self, legs=legs, plan=plan)
         if self.config.record_interval is not None:
             arguments.check_recording(args, self.config)
-        if self.expert_map is not None:
+        if self.record is not None and self.expert_map is not None:
             arguments.check_model(self.record, args, self.source)
         return start
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep.checks import Refusal
-from megatron_laep.mcore import symbols
+from megatron_laep.mcore import refusals, symbols
 from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.mcore.described_model import model_layout, moe_layer_numbers, router_groups
+from megatron_laep.mcore.unsupported import When
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.groups import check_kept_groups
@@ -33,15 +34,26 @@ def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) ->
         legs: the prunings that are still to come.
 
     Raises:
-        ValueError: see the module.
+        Refusal: everything that is in the way.
     """
     config.validate()
-    _check_model_supported(args, "together with --laep-prune-iteration")
-    _check_job_supported(args, config, legs)
-    _check_iterations(args, legs)
-    _check_sizes(args, config)
-    if config.plan is None:
-        AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
+    found = [
+        hit.sentence
+        for hit in refusals.hits_of_pruning(args, config, legs)
+        if not (hit.row.lifted and config.exit_after_prune)
+    ]
+    checks = [lambda: _check_experts(args, config), lambda: _check_save(args, config)]
+    if args.num_experts is not None and moe_layer_numbers(args):
+        checks += [lambda: _check_iterations(args, legs), lambda: _check_sizes(args, config)]
+        if config.plan is None:
+            alpha = AlphaSpec.parse(config.alpha)
+            checks += [lambda: alpha.check_layers(moe_layer_numbers(args), args.num_layers)]
+    for check in checks:
+        try:
+            check()
+        except Refusal as refusal:
+            found.append(str(refusal))
+    refusals.refuse(found)
 
 
 def check_recording(args: Namespace, config: LaepConfig) -> None:
@@ -53,214 +65,28 @@ def check_recording(args: Namespace, config: LaepConfig) -> None:
         raise Refusal(
             f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
         )
-    if args.hybrid_layer_pattern is not None or args.mtp_num_layers:
-        raise Refusal(
-            f"{flag} is not supported with --hybrid-layer-pattern or --mtp-num-layers: their layers "
-            "would not be told apart; remove the flag"
-        )
+    _refuse(args, When.RECORD, f"together with {flag}")
 
 
-def _check_model_supported(args: Namespace, situation: str) -> None:
-    """Refuses what cannot live with experts that are renumbered, or with layers of uneven counts.
-
-    Args:
-        situation: completes "FLAG is not supported ...".
-    """
-    unsupported = [
-        (
-            args.save is not None and args.ckpt_format != "torch_dist",
-            f"--ckpt-format {args.ckpt_format}",
-            "experts are pruned, and pruned layers saved, as resharded checkpoints; use "
-            "--ckpt-format torch_dist",
-        ),
-        (
-            args.moe_pad_expert_input_to_capacity and args.moe_token_dispatcher_type == "flex",
-            "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex",
-            "its kernels size their buffers by one capacity for equally many experts on all ranks; use "
-            "--moe-token-dispatcher-type alltoall, or remove the padding",
-        ),
-        (
-            symbols.argument(args, "moe_ncclep_static_shape")
-            or symbols.argument(args, "moe_ncclep_zero_copy"),
-            "--moe-ncclep-static-shape (or -zero-copy)",
-            "its experts write into buffers that layers with different experts cannot share; remove it",
-        ),
-        (
-            bool(args.mtp_num_layers),
-            f"--mtp-num-layers {args.mtp_num_layers}",
-            "multi-token prediction layers have experts of their own, which would be neither "
-            "counted nor pruned; train without them",
-        ),
-        (
-            args.hybrid_layer_pattern is not None,
-            f"--hybrid-layer-pattern {args.hybrid_layer_pattern}",
-            "a hybrid stack gives all its layers one config; only GPT models can be pruned",
-        ),
-        (
-            args.heterogeneous_layers_config_path is not None
-            or args.heterogeneous_layers_config_encoded_json is not None,
-            "--heterogeneous-layers-config-path (or -encoded-json)",
-            "it takes the place of the config of each layer that the expert counts need; use plain "
-            "GPT layers",
-        ),
-        (
-            args.use_megatron_fsdp or args.use_torch_fsdp2,
-            "--use-megatron-fsdp" if args.use_megatron_fsdp else "--use-torch-fsdp2",
-            "its checkpoints cannot be read through an expert map; use --use-distributed-optimizer",
-        ),
-        (
-            args.use_layer_wise_distributed_optimizer,
-            f"--optimizer {args.optimizer} with a distributed optimizer",
-            "its state cannot be read through an expert map; use --optimizer adam",
-        ),
-        (
-            symbols.argument(args, "gtp_weight_remat_size") > 1
-            or symbols.argument(args, "expert_gtp_weight_remat_size") > 1,
-            "--tensor-parallel-num-weight-shards (or --expert-tensor-parallel-num-weight-shards)",
-            "weights that are split further cannot be read through an expert map; leave it out",
-        ),
-        (
-            args.cuda_graph_impl != "none",
-            f"--cuda-graph-impl {args.cuda_graph_impl}",
-            "passes that warm a graph up would be counted, captured graphs cannot be rebuilt inside a "
-            "running job, and layers with different experts were never captured; remove it",
-        ),
-        (
-            args.moe_use_upcycling,
-            "--moe-use-upcycling",
-            "upcycle in a job of its own, and start this one from the result",
-        ),
-        (
-            args.non_persistent_ckpt_type == "local",
-            "--non-persistent-ckpt-type local",
-            "a local checkpoint carries no expert map; use --non-persistent-ckpt-type global",
-        ),
-    ]
-    _refuse(unsupported, situation)
+def _refuse(args: Namespace, when: When, situation: str) -> None:
+    refusals.refuse([hit.sentence for hit in refusals.hits(args, {when: situation})])
 
 
-def _check_job_supported(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) -> None:
-    """Refuses jobs in which there is nothing to prune, no way to, or nothing to decide it on."""
+def _check_experts(args: Namespace, config: LaepConfig) -> None:
     if args.num_experts is None or not moe_layer_numbers(args):
         why = "--num-experts is not given" if args.num_experts is None else "see --moe-layer-freq"
         raise Refusal(
             f"{config.prune_flag}: the model has no MoE layer ({why}), "
             "so there is nothing to prune; remove the --laep flags"
         )
+
+
+def _check_save(args: Namespace, config: LaepConfig) -> None:
     if args.save is None:
         raise Refusal(
             f"{config.prune_flag} needs --save: the pruning goes "
             "through a checkpoint; give --save FOLDER"
         )
-    in_job = not config.exit_after_prune
-    prunings = [iteration for leg in legs for iteration in leg.possible_ends]
-    profiled = range(args.profile_step_start, args.profile_step_end) if args.profile else ()
-    spanned = next((iteration for iteration in prunings if iteration in profiled), None)
-    or_relaunch = (
-        "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
-    )
-    unsupported = [
-        (
-            args.moe_router_force_load_balancing,
-            "--moe-router-force-load-balancing",
-            "random routing says nothing about the experts, so there is nothing to prune by; remove it "
-            "(--laep-record-interval alone records it)",
-        ),
-        (
-            args.moe_router_force_biased is not None,
-            f"--moe-router-force-biased {args.moe_router_force_biased}",
-            "random biases say nothing about the experts, so there is nothing to prune by; remove it "
-            "(--laep-record-interval alone records it)",
-        ),
-        (
-            bool(args.no_save_optim),
-            "--no-save-optim",
-            "the optimizer state would be lost at pruning; remove it",
-        ),
-        (
-            bool(args.no_save_rng),
-            "--no-save-rng",
-            "the random state would be lost at pruning; remove it",
-        ),
-        (
-            symbols.argument(args, "override_ckpt_iteration") is not None,
-            f"--override-ckpt-iteration {symbols.argument(args, 'override_ckpt_iteration')}",
-            "a relaunch would set the iteration back each time, and count tokens twice; remove it",
-        ),
-        (
-            args.rerun_mode not in ("disabled", "validate_results"),
-            f"--rerun-mode {args.rerun_mode}",
-            "it runs each iteration several times, so tokens would be counted as often; use "
-            "disabled or validate_results",
-        ),
-        (args.skip_train, "--skip-train", "pruning is part of training; remove it"),
-        (
-            args.perform_rl_step,
-            "--perform-rl-step",
-            "only pre-training can be pruned; remove the --laep flags",
-        ),
-        (
-            args.distrib_optim_fully_reshardable_mem_efficient and not args.use_gloo_process_groups,
-            "--distrib-optim-fully-reshardable-mem-efficient without gloo groups",
-            "the pruning writes a fully reshardable checkpoint, which needs them in that mode; "
-            "remove one of --distrib-optim-fully-reshardable-mem-efficient and "
-            "--disable-gloo-process-groups",
-        ),
-        (
-            args.optimizer_cuda_graph,
-            "--optimizer-cuda-graph",
-            "a captured graph cannot be rebuilt inside a running job; remove it",
-        ),
-        (
-            args.optimizer != "adam",
-            f"--optimizer {args.optimizer}",
-            "its state was never carried through an expert map; use --optimizer adam",
-        ),
-        (
-            args.moe_token_dispatcher_type == "flex" and in_job,
-            "--moe-token-dispatcher-type flex",
-            f"the buffers of its kernels are made once in a process; {or_relaunch}",
-        ),
-        (
-            args.tp_comm_overlap and in_job,
-            "--tp-comm-overlap",
-            f"TransformerEngine's communication buffers cannot be made twice; {or_relaunch}",
-        ),
-        (
-            args.enable_ft_package and in_job,
-            "--enable-ft-package",
-            f"its client cannot be set up twice in a process; {or_relaunch}",
-        ),
-        (
-            args.nccl_ub and in_job,
-            "--nccl-ub",
-            f"its memory pools would outlive the groups they are registered with; {or_relaunch}",
-        ),
-        (
-            bool(args.fp8) and args.fp8_recipe == "delayed" and in_job,
-            "--fp8-recipe delayed",
-            f"TransformerEngine keeps the old model's scaling history; {or_relaunch}",
-        ),
-        (
-            spanned is not None and in_job,
-            f"--profile from iteration {args.profile_step_start} to {args.profile_step_end}",
-            "a profiler's window cannot span the rebuild, which may come after iteration "
-            f"{spanned} ({config.prune_flag}); end it before, or start it after",
-        ),
-        (
-            args.inprocess_restart and in_job,
-            "--inprocess-restart",
-            f"it wraps the training function, as the rebuild inside the job does; {or_relaunch}",
-        ),
-    ]
-    _refuse(unsupported, "together with --laep-prune-iteration")
-
-
-def _refuse(unsupported: list[tuple[bool, str, str]], situation: str) -> None:
-    """Complains about the first of (is given, flag, reason and remedy) that is given."""
-    for given, flag, reason in unsupported:
-        if given:
-            raise Refusal(f"{flag} is not supported {situation}: {reason}")
 
 
 def _check_iterations(args: Namespace, legs: Sequence[Leg]) -> None:
@@ -379,6 +205,7 @@ def read_plan(
         prunings: the iterations of those that are still to come.
         present: the map that the model follows that is to be pruned; None for the full model.
     """
+    assert config.plan is not None, "there is no --laep-plan to read"
     path = Path(config.plan)
     if len(prunings) > 1:
         raise Refusal(
@@ -410,8 +237,9 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
     """Whether the model that the arguments describe is the one that the record's map was made for.
 
     Also for jobs without ``--laep`` flags that open a pruned checkpoint."""
-    _check_model_supported(args, f"in a model that was pruned ({where})")
+    _refuse(args, When.MODEL, f"in a model that was pruned ({where})")
     expert_map = record.lineage.composed
+    assert expert_map is not None, "the record is of a model that was not pruned"
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()
     if expert_map.layer_numbers != numbers:
         raise Refusal(
@@ -433,7 +261,9 @@ def check_model(record: Record, args: Namespace, where: object) -> None:
             f"{expert_map.top_k} or at most {smallest.experts_after}"
         )
     groups = router_groups(args)
-    for layer in expert_map.layers if groups is not None else ():
+    for layer in expert_map.layers:
+        if groups is None:
+            break
         try:
             check_kept_groups(layer.kept, layer.experts_before, layer.experts_per_rank, groups)
         except ValueError as error:
@@ -458,14 +288,5 @@ def _check_uneven(layout: ExpertMap, args: Namespace, where: object) -> None:
 
 
 def _refuse_with_uneven(args: Namespace, where: str) -> None:
-    _refuse(
-        [
-            (
-                bool(args.fp8) and args.fp8_recipe == "delayed",
-                "--fp8-recipe delayed",
-                "its scaling history is reduced over ranks that must hold equally many experts; use "
-                "another recipe",
-            ),
-        ],
-        f"with different numbers of experts on the expert-parallel ranks ({where})",
-    )
+    ranks = "with different numbers of experts on the expert-parallel ranks"
+    _refuse(args, When.UNEVEN, f"{ranks} ({where})")

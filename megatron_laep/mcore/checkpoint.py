@@ -41,6 +41,7 @@ from megatron_laep.mcore.optimizer_state import (
     complete_common_state,
     complete_loaded_state,
 )
+from megatron_laep.mcore.tracker import tracked_iteration
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.windows import OpenWindow
@@ -150,7 +151,7 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
     if folder is None:
         return None
     candidates: list[tuple[int, str]] = []
-    tracked = _tracked_iteration(folder)
+    tracked = tracked_iteration(folder)
     iteration, release = tracked or (-1, False)
     if args.ckpt_step:
         iteration = args.ckpt_step
@@ -163,7 +164,7 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
         temporary = args.non_persistent_global_ckpt_dir or os.path.join(
             folder, checkpointing._NON_PERSISTENT_CKPT_SUBDIR
         )
-        tracked = _tracked_iteration(temporary)
+        tracked = tracked_iteration(temporary)
         if tracked:
             name = checkpointing.get_checkpoint_name(temporary, tracked[0], return_base_dir=True)
             candidates.append((tracked[0], name))
@@ -171,27 +172,6 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
         return None
     # The later entry wins a tie: Megatron prefers the non-persistent one.
     return Path(max(reversed(candidates), key=lambda candidate: candidate[0])[1])
-
-
-def _tracked_iteration(folder: str) -> tuple[int, bool] | None:
-    """What a folder's tracker file names: (iteration, is a release); None without the file.
-
-    Megatron's reader leaves the process with exit code 0 at an empty file, which a scheduler takes
-    for success; and Megatron's writer leaves an empty file if it is killed while it writes.
-    """
-    if not checkpointing.checkpoint_exists(folder):
-        return None
-    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
-    text = tracker.read_text().strip()
-    if text == "release":
-        return 0, True
-    if text.isdecimal():
-        return int(text), False
-    raise Refusal(
-        f"{tracker}: got {text!r}, wanted the iteration of the latest checkpoint; a job that is "
-        "killed while it writes this file leaves it empty. Write the iteration of the newest complete "
-        "checkpoint folder beside it (one with a metadata.json) into the file"
-    )
 
 
 def read_record(checkpoint: Path | None) -> Record | None:

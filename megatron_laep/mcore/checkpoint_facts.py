@@ -43,11 +43,11 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
             metadata = FileSystemReader(path).read_metadata()
             _check_complete(path, metadata)
             record = checkpoint.read_record(path)
+    except Refusal:
+        raise
     # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception
     # that is no Exception.
     except (Exception, CheckpointException) as error:
-        if type(error) is ValueError:  # a sentence of ours
-            raise
         raise Refusal(
             f"{path} is damaged: its .metadata or metadata.json cannot be read "
             f"({type(error).__name__})"

@@ -7,6 +7,7 @@ from a checkpoint through a map.
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -101,7 +102,7 @@ class LaepMoELayer(MoELayer):
         self.config, self.submodules = layer_config, submodules
         self.num_local_experts, self.local_expert_indices = len(own), list(own)
         # In the place of the one that Megatron's constructor has made, which holds no buffers.
-        dispatcher = DISPATCHERS[layer_config.moe_token_dispatcher_type]
+        dispatcher: Any = DISPATCHERS[layer_config.moe_token_dispatcher_type]
         self.token_dispatcher = dispatcher(table, layer_config, pg_collection)
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)

@@ -153,8 +153,9 @@ def _parts(state: dict) -> list[dict]:
     return [state[index] for index in sorted(state)] if _is_chained(state) else [state]
 
 
-def _holder(part: dict) -> dict:
-    """The dict that has ``param_groups``: one level down, except in the plain fp32 optimizer."""
+def _holder(part: dict) -> Any:
+    """The dict that has ``param_groups``: one level down, except in the plain fp32 optimizer. Something
+    else in a format without one."""
     return part if "param_groups" in part else part.get("optimizer")
 
 

@@ -59,7 +59,7 @@ def release(model: list[torch.nn.Module]) -> list[weakref.ref]:
 
 def warn_if_alive(references: list[weakref.ref]) -> None:
     """Says so if an old model was not collected: its memory is missing for the new one."""
-    alive = [reference() for reference in references if reference() is not None]
+    alive = [chunk for reference in references if (chunk := reference()) is not None]
     if alive:
         size = sum(p.numel() * p.element_size() for chunk in alive for p in chunk.parameters())
         events.log(

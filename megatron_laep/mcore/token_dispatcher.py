@@ -6,6 +6,7 @@ stay its own.
 """
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +23,8 @@ from megatron_laep.mcore.slot_table import SlotTable
 class _InSlots:
     """A dispatcher of Megatron's that takes the slots for experts; mixed in before its class."""
 
+    num_out_tokens: Any  # Megatron's own
+
     def __init__(
         self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:
@@ -29,7 +32,8 @@ class _InSlots:
         in_slots.num_moe_experts = table.num_slots
         rank = pg_collection.ep.rank()
         first = rank * table.slots_per_rank
-        super().__init__(
+        its_own: Any = super().__init__  # of the class that this one is mixed in before
+        its_own(
             table.slots_per_rank,
             list(range(first, first + table.slots_per_rank)),
             config=in_slots,
@@ -119,7 +123,7 @@ class SlotAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         """As Megatron's; on a rank without experts: no tokens, no counts, no probabilities."""
         if not self._holds_none:
             return super().dispatch_postprocess(hidden_states, probs)
-        self.routing_map = torch.nn.functional.pad(self.routing_map, (0, 1))
+        self.routing_map: torch.Tensor = torch.nn.functional.pad(self.routing_map, (0, 1))
         probs = torch.nn.functional.pad(probs, (0, 1))
         tokens, tokens_per_expert, probs = super().dispatch_postprocess(hidden_states, probs)
         return tokens, tokens_per_expert[:0], probs

@@ -13,7 +13,7 @@ example that shows the bug. What it answers decides::
 optimizer state, and groups and scalars that a rank without parameters could not write
 (``optimizer_state``: read off each checkpoint, whoever wrote it; a complete one is left as it is);
 expert biases of layers with different expert counts (no model of Megatron's own has such layers);
-the refusal of an empty tracker file (it is the file that is asked).
+the mending of an empty tracker file (``tracker``: it is the file that is asked).
 """
 
 import argparse
@@ -329,11 +329,11 @@ def _load_fp32(load: Callable[[Any, dict], None]) -> None:
     from megatron.core.optimizer.distrib_optimizer import Range
 
     parameter = _OnDevice(torch.zeros(2))
-    optimizer = _bare_optimizer([])
+    optimizer: Any = _bare_optimizer([])
     dtypes = (torch.float32, torch.float32)
     optimizer.gbuf_ranges = [{dtypes: [{"param_map": {parameter: {"param": Range(0, 2)}}}]}]
     # What the optimizer steps on is made by Megatron: where it detaches that, there is no bug.
-    group = {"params": [parameter], "orig_group": {}}
+    group: dict[str, Any] = {"params": [parameter], "orig_group": {}}
     optimizer._build_model_and_main_param_groups(
         optimizer.gbuf_ranges, {parameter: (0, dtypes, 0)}, [group], optimizer.config
     )

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 from megatron_laep.checks import Refusal, number_within, only_fields, whole_number, whole_numbers
 from megatron_laep.json_text import parse_json
@@ -98,11 +98,6 @@ class LayerMap:
     def pruned(self) -> tuple[int, ...]:
         """Old ids of the experts that go, ascending."""
         return tuple(sorted(set(range(self.experts_before)) - set(self.kept)))
-
-    @property
-    def is_identity(self) -> bool:
-        """True if every expert stays under its old id."""
-        return self.kept == tuple(range(self.experts_before))
 
 
 def equal_blocks(num_experts: int, expert_parallel_size: int, layer_number: int) -> tuple[int, ...]:
@@ -212,11 +207,6 @@ class ExpertMap:
         """Megatron numbers of the MoE layers, ascending."""
         return tuple(layer.layer_number for layer in self.layers)
 
-    @property
-    def is_identity(self) -> bool:
-        """True if no layer loses or renumbers an expert."""
-        return all(layer.is_identity for layer in self.layers)
-
     def layer(self, layer_number: int) -> LayerMap:
         """The map of one layer; ValueError if the map has none for it."""
         for layer in self.layers:
@@ -254,7 +244,7 @@ class ExpertMap:
         )
         return replace(self, layers=tuple(layers), expert_parallel_size_after=ranks)
 
-    def _content(self) -> dict[str, object]:
+    def _content(self) -> dict[str, Any]:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["schema_version"] = SCHEMA_VERSION
         content["layers"] = [
@@ -266,20 +256,20 @@ class ExpertMap:
         ]
         return content
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """JSON-able dict: the fields, `schema_version` and `hash`."""
         return {**self._content(), "hash": self.hash}
 
     def to_json(self) -> str:
         """Readable JSON, one line for each list of a layer; `from_json` gives an equal value."""
-        layers = self._content()["layers"]
+        content = self.to_dict()
         blocks = []
-        for layer in layers:
-            lines = (f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in layer.items())
-            blocks.append("  {\n" + ",\n".join(lines) + "\n  }")
+        for layer in content["layers"]:
+            rows = (f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in layer.items())
+            blocks.append("  {\n" + ",\n".join(rows) + "\n  }")
         lines = [
             f" {json.dumps(name)}: {json.dumps(value)}"
-            for name, value in self.to_dict().items()
+            for name, value in content.items()
             if name != "layers"
         ]
         lines.append(' "layers": [\n' + ",\n".join(blocks) + "\n ]")
@@ -327,98 +317,6 @@ class ExpertMap:
     def from_json(cls, text: str) -> ExpertMap:
         """The value that `to_json` wrote. ValueError if it is no JSON, or as `from_dict`."""
         return cls.from_dict(parse_json(text, "the expert map"))
-
-    @staticmethod
-    def from_kept(
-        kept: Mapping[int, Sequence[int]],
-        *,
-        experts_before: int | Mapping[int, int],
-        expert_parallel_size: int,
-        top_k: int,
-        iteration: int = 0,
-        expert_parallel_size_before: int | None = None,
-    ) -> ExpertMap:
-        """A map from explicit lists: `kept[layer_number][new_expert_id] == old_expert_id`.
-
-        Equal blocks on all ranks; `experts_before` is one number, or one for each layer_number.
-        For plans that no loads decided: `alpha` is "0", `beta` 0, `placement` "given", `loads`
-        unknown. `expert_parallel_size` is the size after, and before unless that is given too.
-        Errors: ValueError.
-        """
-        return ExpertMap(
-            iteration=iteration,
-            layers=tuple(
-                LayerMap(
-                    layer_number=number,
-                    experts_before=(
-                        experts_before[number]
-                        if isinstance(experts_before, Mapping)
-                        else experts_before
-                    ),
-                    kept=tuple(ids),
-                    experts_per_rank=equal_blocks(len(ids), expert_parallel_size, number),
-                )
-                for number, ids in kept.items()
-            ),
-            alpha="0",
-            beta=0.0,
-            expert_multiple=1,
-            placement="given",
-            expert_parallel_size_before=(
-                expert_parallel_size
-                if expert_parallel_size_before is None
-                else expert_parallel_size_before
-            ),
-            expert_parallel_size_after=expert_parallel_size,
-            top_k=top_k,
-        )
-
-    @staticmethod
-    def identity(
-        layer_numbers: Iterable[int],
-        num_experts: int,
-        *,
-        expert_parallel_size: int,
-        top_k: int,
-        iteration: int = 0,
-    ) -> ExpertMap:
-        """The map that changes nothing: every expert of every layer stays under its id."""
-        return ExpertMap.from_kept(
-            {number: range(num_experts) for number in layer_numbers},
-            experts_before=num_experts,
-            expert_parallel_size=expert_parallel_size,
-            top_k=top_k,
-            iteration=iteration,
-        )
-
-    @staticmethod
-    def permutation(
-        layer_numbers: Iterable[int],
-        num_experts: int,
-        *,
-        seed: int,
-        expert_parallel_size: int,
-        top_k: int,
-        iteration: int = 0,
-        expert_parallel_size_before: int | None = None,
-    ) -> ExpertMap:
-        """A map that keeps all experts and renumbers those of each layer at random (by `seed`).
-
-        The model stays the same one: the way to try checkpoint and rebuild without changing what
-        the model computes.
-        """
-        generator = random.Random(seed)
-        return ExpertMap.from_kept(
-            {
-                number: generator.sample(range(num_experts), num_experts)
-                for number in sorted(layer_numbers)
-            },
-            experts_before=num_experts,
-            expert_parallel_size=expert_parallel_size,
-            top_k=top_k,
-            iteration=iteration,
-            expert_parallel_size_before=expert_parallel_size_before,
-        )
 
 
 def compose(first: ExpertMap, second: ExpertMap) -> ExpertMap:

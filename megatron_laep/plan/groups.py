@@ -94,7 +94,7 @@ def experts_to_keep_in_groups(
         ]
     else:
         pruned = experts_to_prune(loads_E, alpha=alpha, beta=beta)
-        kept_G = size - np.bincount(pruned // size, minlength=groups.num_groups)
+        kept_G = (size - np.bincount(pruned // size, minlength=groups.num_groups)).tolist()
     fewest = max(groups.fewest_in_group(top_k), -(-minimum // groups.num_groups))
     step = groups.step(multiple)
     keeps = -(-max(int(max(kept_G)), fewest) // step) * step

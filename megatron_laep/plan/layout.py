@@ -56,8 +56,8 @@ class ModelLayout:
             whole_number(layer.experts, f"layer {layer.layer_number}: the experts", 1)
         for name in ("top_k", "expert_parallel_size_before", "expert_parallel_size_after"):
             whole_number(getattr(self, name), name, 1)
-        for layer in self.layers if self.groups is not None else ():
-            if layer.experts % self.groups.num_groups:
+        for layer in self.layers:
+            if self.groups is not None and layer.experts % self.groups.num_groups:
                 raise Refusal(
                     f"layer {layer.layer_number} has {layer.experts} experts, which are not "
                     f"{self.groups.num_groups} equal groups (--moe-router-num-groups)"

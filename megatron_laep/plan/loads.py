@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Loads:
         object.__setattr__(self, "tokens", checked)
 
     @staticmethod
-    def of_windows(tokens_WLE: Sequence, layer_numbers: Sequence[int]) -> Loads:
+    def of_windows(tokens_WLE: Sequence[Any], layer_numbers: Sequence[int]) -> Loads:
         """Of windows [W][L][E], arrays or nested lists, rows in the order of the layer numbers.
 
         Errors: ValueError as of the class, or if rows and layer numbers do not correspond.
@@ -57,15 +58,14 @@ class Loads:
                 )
         if len(set(layer_numbers)) != len(layer_numbers):
             raise Refusal(f"a layer occurs more than once in {list(layer_numbers)}")
-        return Loads(
-            {
-                number: [rows_LE[row] for rows_LE in tokens_WLE]
-                for row, number in enumerate(layer_numbers)
-            }
-        )
+        rows: dict[int, Any] = {
+            number: [rows_LE[row] for rows_LE in tokens_WLE]
+            for row, number in enumerate(layer_numbers)
+        }
+        return Loads(rows)
 
     @staticmethod
-    def of_window(tokens_LE: Sequence, layer_numbers: Sequence[int]) -> Loads:
+    def of_window(tokens_LE: Sequence[Any], layer_numbers: Sequence[int]) -> Loads:
         """Of one window [L][E]. Errors: ValueError as `of_windows`."""
         return Loads.of_windows([tokens_LE], layer_numbers)
 
@@ -98,7 +98,7 @@ def checked_loads(loads_E: object) -> np.ndarray:
     (counts are integers, so a float comes from a mistake on the way), NaN, negative counts, all
     zero, or a sum beyond int64.
     """
-    (loads,) = _checked_windows([loads_E])
+    loads: np.ndarray = _checked_windows([loads_E])[0]
     if not loads.any():
         raise Refusal(
             f"the loads of all {loads.size} experts are zero: no token was counted in the window"
@@ -106,7 +106,7 @@ def checked_loads(loads_E: object) -> np.ndarray:
     return loads
 
 
-def _checked_windows(loads_WE: Sequence[object]) -> np.ndarray:
+def _checked_windows(loads_WE: Any) -> np.ndarray:
     """Loads of several windows of a layer as int64 [W, E]."""
     rows = [_checked_row(loads_E) for loads_E in loads_WE]
     if not rows:

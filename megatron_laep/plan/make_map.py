@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def kept_experts(
     loads_E = loads.total(layer.layer_number)
     try:
         _check_expert_count(layer, layout, rules)
-        rule = dict(
+        rule: dict[str, Any] = dict(
             alpha=rules.alpha_spec.for_layer(layer.layer_number),
             beta=rules.beta,
             multiple=rules.multiple_for(layout.expert_parallel_size_after),
@@ -141,8 +142,8 @@ def _placed(
             layer_number=number,
             experts_before=loads.experts[number],
             kept=kept[number][placement.order],
-            experts_per_rank=placement.experts_per_rank,
-            loads=loads.total(number),
+            experts_per_rank=tuple(placement.experts_per_rank.tolist()),
+            loads=tuple(loads.total(number).tolist()),
         )
         for number, placement in zip(numbers, placements, strict=True)
     ]
@@ -261,7 +262,7 @@ def check_plan(
             )
     for layers in layout.by_stage.values():
         numbers = [layer.layer_number for layer in layers]
-        held_R = sum(counts[number] for number in numbers)
+        held_R = np.sum([counts[number] for number in numbers], axis=0)
         if not held_R.all():
             raise Refusal(
                 f"{source} gives rank {int(held_R.argmin())} no expert of any of the layers "

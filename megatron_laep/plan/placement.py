@@ -56,7 +56,7 @@ def greedy_ranks(loads_K: object, num_ranks: int, *, equal: bool = True) -> np.n
     return rank_K
 
 
-def rank_loads(loads_K: Sequence[int], experts_per_rank: Sequence[int]) -> np.ndarray:
+def rank_loads(loads_K: Sequence[int] | np.ndarray, experts_per_rank: Sequence[int]) -> np.ndarray:
     """Tokens per rank [R] (int64), for loads [K] in the order of placement.
 
     experts_per_rank: experts on each rank [R], sums to K. Errors: ValueError if it does not.
@@ -68,7 +68,7 @@ def rank_loads(loads_K: Sequence[int], experts_per_rank: Sequence[int]) -> np.nd
     return np.array([block.sum() for block in blocks], dtype=np.int64)
 
 
-def imbalance(loads_R: Sequence[int]) -> float:
+def imbalance(loads_R: Sequence[int] | np.ndarray) -> float:
     """Busiest rank / mean rank: 1.0 is even, R is everything on one of R ranks.
 
     Errors: ValueError if all loads are zero.

@@ -72,7 +72,7 @@ def experts_to_keep(
     Errors: ValueError as in `experts_to_prune`, or if E cannot fulfil `multiple` or `minimum`.
     """
     pruned = experts_to_prune(loads_E, alpha=alpha, beta=beta)
-    num_experts = len(loads_E)
+    num_experts = np.asarray(loads_E).size
     for name, value in (("multiple", multiple), ("minimum", minimum)):
         if value < 1:
             raise Refusal(f"{name} must be at least 1, got {value}")

@@ -182,7 +182,7 @@ def compare(
     alpha, beta: of the rule that would prune, for the churn.
     Errors: ValueError for loads that are no loads, or of different numbers of experts.
     """
-    sizes = [np.size(before_E), np.size(now_E)]
+    sizes = [np.asarray(loads_E).size for loads_E in (before_E, now_E)]
     if sizes[0] != sizes[1]:
         raise Refusal(f"one window has loads of {sizes[0]} experts, the next of {sizes[1]}")
     if any(_is_idle(loads) for loads in (before_E, now_E)):

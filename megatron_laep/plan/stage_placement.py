@@ -269,13 +269,13 @@ class _Stage:
         if too_full:
             fullest = int(held_R.argmax())
             chosen = np.flatnonzero(spare_P & (source_P == fullest))
-            for target in np.flatnonzero(held_R <= held_R[fullest] - 2):
-                moves.append((layer_P[chosen], expert_P[chosen], fullest, int(target)))
+            for emptier in np.flatnonzero(held_R <= held_R[fullest] - 2):
+                moves.append((layer_P[chosen], expert_P[chosen], fullest, int(emptier)))
         if too_empty:
             emptiest = int(held_R.argmin())
-            for source in np.flatnonzero(held_R >= held_R[emptiest] + 2):
-                chosen = np.flatnonzero(spare_P & (source_P == source))
-                moves.append((layer_P[chosen], expert_P[chosen], int(source), emptiest))
+            for fuller in np.flatnonzero(held_R >= held_R[emptiest] + 2):
+                chosen = np.flatnonzero(spare_P & (source_P == fuller))
+                moves.append((layer_P[chosen], expert_P[chosen], int(fuller), emptiest))
         added = [self._added(*move) for move in moves]
         # The first of the cheapest: lower rank, layer, expert.
         best = min((i for i in range(len(moves)) if added[i].size), key=lambda i: added[i].min())
@@ -298,7 +298,8 @@ class _Stage:
         more_PW = self._sums_LWR[layer_P, :, target] + loads_PW
         busiest_PW = np.maximum(np.maximum(less_PW, more_PW), others_LW[layer_P])
         before_L = self._sums_LWR.max(axis=2).sum(axis=1)
-        return busiest_PW.sum(axis=1) - before_L[layer_P]
+        added_P: np.ndarray = busiest_PW.sum(axis=1) - before_L[layer_P]
+        return added_P
 
 
 def _too_full_or_empty(held_R: np.ndarray, max_spread: int | None) -> tuple[bool, bool]:

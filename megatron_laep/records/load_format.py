@@ -40,6 +40,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,7 +147,7 @@ class LoadLogHeader:
         }
 
     @staticmethod
-    def from_dict(data: Mapping[str, object]) -> LoadLogHeader:
+    def from_dict(data: Mapping[str, Any]) -> LoadLogHeader:
         """The value that ``to_dict`` wrote. Errors: ValueError for another version or damage."""
         if data.get("version") != VERSION:
             raise Refusal(

@@ -14,8 +14,10 @@ from __future__ import annotations
 import bisect
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -276,7 +278,7 @@ def _from_json(data: object, path: Path) -> LoadLog:
     raise Refusal("the field last_iteration_of_window (or iteration) is missing")
 
 
-def _of_windows(data: dict, path: Path) -> LoadLog:
+def _of_windows(data: Mapping[str, Any], path: Path) -> LoadLog:
     """JSON of one row of matrices."""
     numbers = whole_numbers(data["layer_numbers"], "layer_numbers", 1)
     lasts = whole_numbers(data["last_iteration_of_window"], "the last iterations of the windows", 1)

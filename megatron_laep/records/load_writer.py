@@ -70,7 +70,7 @@ class LoadLogWriter:
         self,
         first: int,
         last: int,
-        tokens_LE: Sequence[Sequence[int]],
+        tokens_LE: Sequence[Sequence[int] | np.ndarray],
         *,
         expert_parallel_size: int,
     ) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megatron_laep.checks import Refusal, named_fields, whole_number, whole_numbers
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
@@ -107,7 +109,8 @@ class PruningLoads:
         iteration = whole_number(data["iteration"], "iteration", 1)
         window = whole_number(data["window"], "window", 1, most=iteration)
         whole = Loads.of_window(_rows(data["tokens"], numbers, ""), numbers)
-        ends, loads = (iteration,), whole
+        ends: tuple[int, ...] = (iteration,)
+        loads = whole
         if data.get("parts"):
             ends, loads = _parts(data["parts"], numbers)
             same = loads.experts == whole.experts and all(
@@ -122,7 +125,7 @@ class PruningLoads:
         return PruningLoads(window, ends, loads, **facts_of_model(data, whole.experts))
 
 
-def facts_of_model(data: Mapping, experts: Mapping[int, int]) -> dict[str, Any]:
+def facts_of_model(data: Mapping[str, Any], experts: Mapping[int, int]) -> dict[str, Any]:
     """What JSON says of the model that its loads are of, as the fields of `PruningLoads`.
 
     experts: of each layer number, in the order of the rows.
@@ -158,7 +161,7 @@ def _parts(parts: object, numbers: tuple[int, ...]) -> tuple[tuple[int, ...], Lo
     return ends, Loads.of_windows(rows, numbers)
 
 
-def _rows(tokens: object, numbers: Sequence[int], where: str) -> list:
+def _rows(tokens: object, numbers: Sequence[int], where: str) -> list[np.ndarray]:
     if not isinstance(tokens, list):
         raise Refusal(f"{where}tokens must be a list")
     if len(tokens) != len(numbers):

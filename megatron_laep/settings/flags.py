@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import Field, fields
+from typing import Any
 
 from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.fields import flag
@@ -36,7 +37,7 @@ def flags_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _usage(item: Field) -> str:
+def _usage(item: Field[Any]) -> str:
     """The flag and what follows it, as argparse shows it."""
     options, name = item.metadata, flag(item.name)
     if item.default is False:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_laep.checks import Refusal, number_within, whole_number, whole_numbers
 from megatron_laep.plan.expert_map import ExpertMap, equal_blocks
@@ -21,7 +22,7 @@ _LARGEST = 10**18
 _MOST_LAYERS = 10**5
 
 
-def _check_numbers(value: object, where: str, minimum: Mapping[str, float]) -> None:
+def _check_numbers(value: Any, where: str, minimum: Mapping[str, float]) -> None:
     """ValueError unless each named field is a number from its minimum to 1e18.
 
     Fields that are annotated as int must be integers.

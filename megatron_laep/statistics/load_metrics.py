@@ -86,7 +86,7 @@ class LoadMetrics:
     def fields(self) -> dict[str, object]:
         """The same in short, for one ``key=value`` line."""
         scalars = self.scalars()
-        short = {
+        short: dict[str, object] = {
             f"imbalance_{name}": scalars[f"laep/imbalance/{name}"]
             for name in ("mean", "p50", "p90", "max")
         }
@@ -132,7 +132,7 @@ def load_metrics(
     share_X = tokens_X / np.repeat(divisor_L, sizes_L)
     log_X = np.log(share_X, out=np.zeros_like(share_X), where=share_X > 0)
     effective_L = np.exp(-_block_sums(share_X * log_X, sizes_L)) / sizes_L
-    prunable = {}
+    prunable: dict[str, Any] = {}
     if kept_LK is not None:
         goes_X = np.ones(tokens_X.size, dtype=bool)
         starts_L = np.cumsum(sizes_L) - sizes_L

@@ -12,6 +12,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -155,11 +156,14 @@ def read_run(run_dir: Path, log_path: Path | None = None) -> tuple[TrainingLog, 
     return log, table, earlier[-1]["iteration"] if earlier else 0
 
 
-def _read_table(path: Path) -> dict:
-    table = read_json(path, str(path))
-    rows = table.get("rows") if isinstance(table, dict) else None
-    complete = isinstance(rows, list) and all(name in table for name in _TABLE_FIELDS)
-    if not complete or not all(isinstance(row, dict) and _ROW_FIELDS <= set(row) for row in rows):
+def _read_table(path: Path) -> dict[str, Any]:
+    table: Any = read_json(path, str(path))
+    if not (
+        isinstance(table, dict)
+        and all(name in table for name in _TABLE_FIELDS)
+        and isinstance(table.get("rows"), list)
+        and all(isinstance(row, dict) and _ROW_FIELDS <= set(row) for row in table["rows"])
+    ):
         raise ValueError(
             f"{path} is no table of a pruning: it lacks fields that a job writes; restore it"
         )

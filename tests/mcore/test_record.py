@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap
+from tests.support import maps
 from tests.support.forks import in_megatron, init_process_group
 
-MAP = ExpertMap.from_kept(
+MAP = maps.from_kept(
     {1: (5, 1, 0, 4), 3: (2, 6)}, experts_before=8, expert_parallel_size=2, top_k=2, iteration=10
 ).to_json()
-SECOND = ExpertMap.from_kept(
+SECOND = maps.from_kept(
     {1: (3, 0), 3: (1, 0)},
     experts_before={1: 4, 3: 2},
     expert_parallel_size=2,

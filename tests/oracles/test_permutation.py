@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laep import ExpertMap
+from tests.support import maps
 from tests.support.runs import RunResult, run_batch, tiny_arguments
 
 pytestmark = pytest.mark.equality
@@ -67,13 +68,13 @@ def mapped(folder: Path, expert_map: ExpertMap, **more) -> tuple[bool, list[str]
 
 
 def permutation(expert_parallel_size: int, top_k: int = 1) -> ExpertMap:
-    return ExpertMap.permutation(
+    return maps.permutation(
         LAYERS, EXPERTS, seed=1, expert_parallel_size=expert_parallel_size, top_k=top_k
     )
 
 
 def identity(expert_parallel_size: int) -> ExpertMap:
-    return ExpertMap.identity(LAYERS, EXPERTS, expert_parallel_size=expert_parallel_size, top_k=1)
+    return maps.identity(LAYERS, EXPERTS, expert_parallel_size=expert_parallel_size, top_k=1)
 
 
 def assert_same_run(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_laep.plan.expert_map import ExpertMap
+from tests.support import maps
 from tests.support.forks import Outcome
 from tests.support.runs import tiny_arguments
 
@@ -17,7 +18,7 @@ KEPT = {number: (5, 1, 0, 4) for number in LAYERS}
 
 
 def expert_map(kept=KEPT, *, iteration=10, ranks=2, experts=8, top_k=2) -> ExpertMap:
-    return ExpertMap.from_kept(
+    return maps.from_kept(
         kept, experts_before=experts, expert_parallel_size=ranks, top_k=top_k, iteration=iteration
     )
 

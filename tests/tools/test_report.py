@@ -87,7 +87,7 @@ class TestTracedToFiles:
         change = stability["changes"][0]
         assert (change["from"], change["to"]) == (25, 50)
         assert change["rank_correlation"]["worst"] == min(x.rank_correlation for x in expected)
-        assert change["rank_correlation"]["worst_layer"] == 3  # as in the README's table
+        assert change["rank_correlation"]["worst_layer"] == 3  # as in the table of docs/tools.md
         assert round(change["churn"]["worst"], 3) == 0.471
         assert change["load_change"]["median"] == np.median([x.load_change for x in expected])
         assert stability["rules"] == ["0.4", 0.1, f"{FOLDER}/map.json"]

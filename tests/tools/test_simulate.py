@@ -126,7 +126,7 @@ def test_the_readme_shows_what_is_printed(capsys):
         62.14,
     )
     assert code == 0
-    assert out.rstrip("\n") in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert out.rstrip("\n") in (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
 
 
 def test_real_recorded_loads_and_the_hash_of_the_jobs_plan(capsys, tiny, tmp_path):
