@@ -14,6 +14,7 @@ from megatron_laep import events
 from megatron_laep.events import on_rank_0
 from megatron_laep.loop.job import Running, size_after
 from megatron_laep.mcore import checkpoint, model_size
+from megatron_laep.mcore.layer_numbers import mtp_names
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
@@ -158,7 +159,7 @@ def _report(
         stages=stages,
         blocks_before=blocks_before,
     )
-    events.log_text(summary.format_table())
+    events.log_text(summary.format_table(mtp_names(args)))
     if events.is_rank_0():
         # For the job they are in the checkpoint.
         with events.failure_is_logged(iteration=expert_map.iteration):

@@ -12,19 +12,12 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep.mcore.checkpoint import Record
+from megatron_laep.mcore.layer_numbers import moe_layer_numbers, mtp_names, total_layers
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.rules import AlphaSpec
 from megatron_laep.settings.schedule import Leg
-
-
-def moe_layer_numbers(args: Namespace) -> list[int]:
-    """Megatron's 1-based numbers of the decoder layers that have experts."""
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [int(index % pattern == 0) for index in range(args.num_layers)]
-    return [index + 1 for index, has_experts in enumerate(pattern) if has_experts]
 
 
 def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) -> None:
@@ -44,7 +37,7 @@ def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) ->
     _check_iterations(args, legs)
     _check_sizes(args, config)
     if config.plan is None:
-        AlphaSpec.parse(config.alpha).check_layers(moe_layer_numbers(args), args.num_layers)
+        _check_alpha(args, config)
 
 
 def check_recording(args: Namespace, config: LaepConfig) -> None:
@@ -56,11 +49,18 @@ def check_recording(args: Namespace, config: LaepConfig) -> None:
         raise ValueError(
             f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
         )
-    if args.hybrid_layer_pattern is not None or args.mtp_num_layers:
-        raise ValueError(
-            f"{flag} is not supported with --hybrid-layer-pattern or --mtp-num-layers: their layers "
-            "would not be told apart; remove the flag"
-        )
+
+
+def _check_alpha(args: Namespace, config: LaepConfig) -> None:
+    """Whether ``--laep-alpha`` names all MoE layers, and no others."""
+    try:
+        spec = AlphaSpec.parse(config.alpha)
+        spec.check_layers(moe_layer_numbers(args), total_layers(args))
+    except ValueError as error:
+        named = ", ".join(f"{number} is {name}" for number, name in mtp_names(args).items())
+        if not named:
+            raise
+        raise ValueError(f"{error} (multi-token prediction: layer {named})") from None
 
 
 def _check_model_supported(args: Namespace, situation: str) -> None:
@@ -92,12 +92,6 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             args.moe_ncclep_static_shape or args.moe_ncclep_zero_copy,
             "--moe-ncclep-static-shape (or -zero-copy)",
             "its experts write into buffers that layers with different experts cannot share; remove it",
-        ),
-        (
-            bool(args.mtp_num_layers),
-            f"--mtp-num-layers {args.mtp_num_layers}",
-            "multi-token prediction layers have experts of their own, which would be neither "
-            "counted nor pruned; train without them",
         ),
         (
             args.hybrid_layer_pattern is not None,

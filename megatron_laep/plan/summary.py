@@ -113,12 +113,16 @@ class PruningSummary:
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
 
-    def format_table(self) -> str:
-        """The table as text, all layers, then the totals; lines without trailing newline."""
+    def format_table(self, names: Mapping[int, str] | None = None) -> str:
+        """The table as text, all layers, then the totals; lines without trailing newline.
+
+        names: what layers are called besides their numbers, such as ``mtp 1``.
+        """
+        names = names or {}
         table = tabulate(
             [
                 (
-                    row.layer_number,
+                    " = ".join(filter(None, (names.get(row.layer_number), str(row.layer_number)))),
                     row.experts_before,
                     row.experts_after,
                     _fixed(row.tokens_rerouted_percent, 2),

@@ -28,6 +28,14 @@ BAD_FLAGS = {
         {"laep_alpha": "0.4:1-3"},
         ["--laep-alpha has no range for MoE layer 4", "0.4:1-3"],
     ),
+    "alpha MTP layer missing": (
+        {"mtp_num_layers": 2, "laep_alpha": "0.4:1-5"},
+        ["--laep-alpha has no range for MoE layer 6", "layer 5 is mtp 1, 6 is mtp 2"],
+    ),
+    "alpha layer beyond MTP": (
+        {"mtp_num_layers": 1, "laep_alpha": "0.4:1-6"},
+        ["--laep-alpha", "layer 6", "5 layers", "layer 5 is mtp 1"],
+    ),
     "alpha layer twice": ({"laep_alpha": "0.4:1-3,0.2:3-4"}, ["--laep-alpha", "layer 3"]),
     "alpha layer 0": ({"laep_alpha": "0.4:0-4"}, ["--laep-alpha", "count from 1"]),
     "beta above": ({"laep_beta": 1.5}, ["--laep-beta", "within 0 and 1", "got 1.5"]),
@@ -389,6 +397,7 @@ FINE = {
         1,
         {"moe_layer_freq": "([0,1]*2)", "laep_alpha": "inf:2,0:4"},
     ),
+    "multi-token prediction": (1, {"mtp_num_layers": 2, "laep_alpha": "0.4:1-4,0:5-6"}),
     "every second layer": (1, {"moe_layer_freq": 2, "laep_alpha": "0.4:1,0.4:3-4"}),
     "several losses": (
         1,

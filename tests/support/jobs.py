@@ -78,6 +78,8 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
+    "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
+    "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "group-limited routing": (
         {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
         ["--moe-router-num-groups 4"],
@@ -93,9 +95,6 @@ UNSUPPORTED = {
         },
         ["--moe-router-load-balancing-type quantile_balancing"],
     ),
-    "MTP": ({"mtp_num_layers": 1}, ["--mtp-num-layers 1"]),
-    "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
-    "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "heterogeneous": (HETEROGENEOUS_FLAGS, ["--heterogeneous-layers-config-path"]),
     "layer-wise optimizer": (
         {"optimizer": "muon", "use_distributed_optimizer": True},
