@@ -31,11 +31,13 @@ import yaml
 from tabulate import tabulate
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.pruning import experts_to_keep
 from megatron_laep.plan.summary import LayerRow, scaled, summarize
 from megatron_laep.records import load_log
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"
@@ -45,7 +47,7 @@ PUBLISHED_LOADS = ROOT / "configs" / "yuan3-ultra-103l-64e-1515b-loads.json"
 RULE = {"alpha": "0.4", "beta": 0.1}
 TOP_K = 2
 WITHIN = 1.005
-# The method that the claims are about, as fields of LaepConfig, and those that it is measured by.
+# The method that the claims are about, as fields of PruningRules, and those that it is measured by.
 EXACT = {"expert_multiple": 1, "placement": "balanced"}
 METHODS = {
     "no pruning": {"beta": 0.0, "placement": "none"},
@@ -69,17 +71,12 @@ class Case:
     stages: dict[int, int] | None = None
 
     def plan(self, **settings: object) -> ExpertMap:
-        config = LaepConfig(prune_iteration=1, **{**RULE, "alpha": self.alpha, **settings})
-        return make_expert_map(
-            self.loads_LE,
-            range(1, len(self.loads_LE) + 1),
-            config=config,
-            iteration=1,
-            top_k=TOP_K,
-            expert_parallel_size_before=self.ranks,
-            expert_parallel_size_after=self.ranks,
-            stages=self.stages,
+        loads = Loads.of_window(self.loads_LE, range(1, len(self.loads_LE) + 1))
+        layout = ModelLayout.of(
+            loads.experts, top_k=TOP_K, expert_parallel_size_before=self.ranks, stages=self.stages
         )
+        rules = PruningRules(**{**RULE, "alpha": self.alpha, **settings})
+        return make_expert_map(loads, layout, rules, iteration=1)
 
     def rows(self, **settings: object) -> tuple[LayerRow, ...]:
         return summarize(self.plan(**settings), None).rows

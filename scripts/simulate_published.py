@@ -18,8 +18,10 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import make_expert_map
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
@@ -69,19 +71,15 @@ def main() -> int:
     shape, parallelism = ModelShape(**model), Parallelism(**job)
     hardware = Hardware(**yaml.safe_load(arguments.hardware.read_text(encoding="utf-8")))
     published = description["published"]["tflops_per_gpu"]
-    config = LaepConfig(prune_iteration=1, **description["laep"])
+    rules = PruningRules(**description["laep"])
     draws = []
     for seed in range(arguments.seeds):
         content = generate["generate"](description, seed)
-        expert_map = make_expert_map(
-            content["tokens"],
-            content["layer_numbers"],
-            config=config,
-            iteration=0,
-            top_k=shape.top_k,
-            expert_parallel_size_before=parallelism.expert,
-            expert_parallel_size_after=parallelism.expert,
+        window = Loads.of_window(content["tokens"], content["layer_numbers"])
+        layout = ModelLayout.of(
+            window.experts, top_k=shape.top_k, expert_parallel_size_before=parallelism.expert
         )
+        expert_map = make_expert_map(window, layout, rules, iteration=0)
         loads = dict(zip(content["layer_numbers"], content["tokens"], strict=True))
         draws.append((loads, expert_map))
     rows = []

@@ -12,17 +12,17 @@ import torch
 
 from megatron_laep import events
 from megatron_laep.events import on_rank_0
-from megatron_laep.loop.job import Running, size_after
+from megatron_laep.loop.job import Running
 from megatron_laep.mcore import checkpoint, model_size
 from megatron_laep.mcore.layer_numbers import mtp_names
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.summary import summarize
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records.pruning_files import write_pruning
-from megatron_laep.settings.config import LaepConfig
-from megatron_laep.statistics.routing_stats import RoutingStats
+from megatron_laep.settings.rules import PruningRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def commit(
     try:
         with events.timed("planned", iteration=iteration):
             expert_map = agree_on_plan(
-                window, iteration, args, running.config, running.plan, running.stats
+                window, iteration, running.layout, running.config.rules, running.plan
             )
             lineage = running.lineage.then(expert_map)
     except ValueError as error:
@@ -95,15 +95,14 @@ def commit(
 def agree_on_plan(
     window: OpenWindow,
     iteration: int,
-    args: Namespace,
-    config: LaepConfig,
+    layout: ModelLayout,
+    rules: PruningRules,
     plan: ExpertMap | None,
-    stats: RoutingStats,
 ) -> ExpertMap:
     """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
     try:
         return ExpertMap.from_json(
-            on_rank_0(lambda: _decide(window, iteration, args, config, plan, stats).to_json())
+            on_rank_0(lambda: _decide(window, iteration, layout, rules, plan).to_json())
         )
     except ValueError as error:
         raise ValueError(f"pruning at iteration {iteration}: {error}") from None
@@ -112,10 +111,9 @@ def agree_on_plan(
 def _decide(
     window: OpenWindow,
     iteration: int,
-    args: Namespace,
-    config: LaepConfig,
+    layout: ModelLayout,
+    rules: PruningRules,
     plan: ExpertMap | None,
-    stats: RoutingStats,
 ) -> ExpertMap:
     if plan is not None:
         # The experts are the file's; the loads, sizes and date are this job's.
@@ -127,18 +125,10 @@ def _decide(
             plan,
             iteration=iteration,
             layers=layers,
-            expert_parallel_size_before=args.expert_model_parallel_size,
+            expert_parallel_size_before=layout.expert_parallel_size_before,
         )
-    return make_map.make_expert_map(
-        [tokens_LE for _, tokens_LE in window.parts],
-        stats.layer_numbers,
-        config=config,
-        iteration=iteration,
-        top_k=args.moe_router_topk,
-        expert_parallel_size_before=args.expert_model_parallel_size,
-        expert_parallel_size_after=size_after(config, args),
-        stages=stats.stages,
-    )
+    loads = window.loads(layout.layer_numbers)
+    return make_map.make_expert_map(loads, layout, rules, iteration=iteration)
 
 
 def _report(

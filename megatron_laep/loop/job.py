@@ -20,9 +20,9 @@ from megatron_laep.mcore.checkpoint import APPLIED, PENDING, Record
 from megatron_laep.mcore.moe_layer import token_counters
 from megatron_laep.plan import make_map
 from megatron_laep.plan.lineage import Lineage
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records import decision_log
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.schedule import Leg, Verdict
 from megatron_laep.statistics import load_metrics
 from megatron_laep.statistics.recorder import Recording
@@ -42,6 +42,7 @@ class Running:
         lineage: the prunings that the model has behind it.
         plan: the map of --laep-plan, for the one that is still to come.
         stats: the counters of all MoE layers.
+        layout: the model as it is, and the ranks that hold it after the next pruning.
         folder: ``<save>/laep``, of files for people and tools; None without --save.
         committing: the checkpoint with a pending map is being written.
         committed: its record has been handed out to it.
@@ -57,18 +58,14 @@ class Running:
         self.stats = RoutingStats(
             token_counters(model), stage=parallel_state.get_pipeline_model_parallel_rank()
         )
+        self.layout = arguments.model_layout(
+            args, self.config, self.stats.expert_counts, self.stats.stages
+        )
         if self.plan is not None:
             # Only now it is known which stage holds which layer.
-            experts = list(self.stats.expert_counts.values())
-            arguments.check_plan(self.plan, args, self.config, experts, self.stats.stages)
+            arguments.check_plan(self.plan, self.layout, self.config)
         elif start.legs:
-            make_map.check_counts(
-                self.stats.expert_counts,
-                config=self.config,
-                top_k=args.moe_router_topk,
-                expert_parallel_size_after=size_after(self.config, args),
-                stages=self.stats.stages,
-            )
+            make_map.check_counts(self.layout, self.config.rules)
         self._log_start_LE = self.stats.snapshot()
         self.folder = Path(args.save) / "laep" if args.save else None
         self._say_what_is_done(start.legs)
@@ -137,14 +134,8 @@ class Running:
         if self.plan is not None and self._legs:
             kept_LK = [np.array(self.plan.layer(number).kept) for number in layer_numbers]
         elif self._legs:
-            kept_LK = load_metrics.experts_kept_now(
-                tokens_LE,
-                layer_numbers,
-                config=self.config,
-                top_k=args.moe_router_topk,
-                expert_parallel_size_after=size_after(self.config, args),
-                stages=self.stats.stages,
-            )
+            loads = Loads.of_window(tokens_LE, layer_numbers)
+            kept_LK = load_metrics.experts_kept_now(loads, self.layout, self.config.rules)
         blocks_LR = self.experts_per_rank(args)
         found = load_metrics.load_metrics(tokens_LE, layer_numbers, blocks_LR, kept_LK)
         events.log("load", iteration=iteration, **found.fields())
@@ -195,8 +186,3 @@ class Running:
         """Before the run leaves the loop for a rebuild."""
         if self._recording is not None:
             self._recording.close()
-
-
-def size_after(config: LaepConfig, args: Namespace) -> int:
-    """The expert-parallel size after a pruning."""
-    return config.expert_model_parallel_size or args.expert_model_parallel_size

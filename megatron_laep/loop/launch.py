@@ -14,6 +14,7 @@ from megatron_laep import events
 from megatron_laep.loop.loop_hooks import hooks
 from megatron_laep.loop.session import Rebuild, session
 from megatron_laep.mcore.rebuild import tear_down, warn_if_alive
+from megatron_laep.mcore.upstream_bugs import ask_megatron
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 from megatron_laep.settings.config import LaepConfig
 
@@ -23,7 +24,8 @@ def install(config: LaepConfig | None = None) -> None:
 
     Call it before the training script parses its arguments and builds its layer specs, and run
     the training inside ``run``. While no ``--laep-*`` flag or config asks for pruning, and no pruned
-    checkpoint is loaded, the hooks change nothing.
+    checkpoint is loaded, the hooks change nothing but what would end in an error of Megatron's
+    (``mcore.upstream_bugs``: ``--help``, loading the state of fp32 parameters).
 
     Args:
         config: the settings; None takes them from the command line, where the ``--laep-*`` flags
@@ -35,7 +37,9 @@ def install(config: LaepConfig | None = None) -> None:
     """
     if config is not None:
         config.validate()
-    session.hooks.apply(hooks())
+    upstream = ask_megatron()
+    session.hooks.apply(hooks() + upstream.hooks(lambda: session.active_start is not None))
+    session.upstream = upstream
     session.config = config
     allow_pruned_checkpoints()
     events.show_on_console()

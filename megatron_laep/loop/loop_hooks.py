@@ -8,6 +8,8 @@ The loop itself is Megatron's. A run passes by here in this order::
     checkpoint load   -> Start.loading  through the map, if it is pending
     before iterations -> Running        counters
     each iteration    -> Running.end_iteration; when it is time to prune commit, then Rebuild
+
+Repairs of Megatron's bugs are not here but in ``mcore.upstream_bugs``: hooked only where a bug was shown.
 """
 
 import sys
@@ -34,8 +36,8 @@ from megatron_laep.mcore.moe_layer import (
     in_counting_layers,
     set_layer_counts,
 )
-from megatron_laep.mcore.optimizer_state import ranges_without_padding
 from megatron_laep.mcore.rebuild import release
+from megatron_laep.mcore.upstream_bugs import mend_help
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 from megatron_laep.settings import config as laep_config
 from megatron_laep.settings.config import LaepConfig
@@ -97,12 +99,6 @@ def hooks() -> list[Hook]:
             "write the checkpoint with the map with one key for each layer",
         ),
         Hook(
-            "megatron.core.optimizer.distrib_optimizer:"
-            "DistributedOptimizer.sharded_param_state_fully_reshardable",
-            _fully_reshardable_state,
-            "cut optimizer state out of the right places of padded gradient buffers",
-        ),
-        Hook(
             f"{loop}:setup_model_and_optimizer",
             _setup_model_and_optimizer,
             "agree on the map before the model is built, and start counting after",
@@ -129,11 +125,7 @@ def hooks() -> list[Hook]:
 def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
-        for action in parser._actions:
-            # megatron-core 0.19 takes this text from a docstring, with a bare percent sign, on which
-            # argparse fails for --help. Goes away with NVIDIA/Megatron-LM pull request 6211.
-            if "--moe-paged-stash-buffer-size-factor-cuda" in action.option_strings:
-                action.help = action.help.replace("10%)", "10%%)")
+        mend_help(parser, session.upstream)
         return laep_config.add_arguments(parser)
 
     return add_megatron_arguments
@@ -167,7 +159,11 @@ def _validate_args(original):
         )
         vars(args).update(start.changes)
         result = original(args, *more, **named)
-        session.begin(start.checked(args))
+        start = start.checked(args)
+        if start.active:
+            session.upstream.check(args, prunes=bool(start.legs))
+            events.log("upstream_repairs", **session.upstream.fields)
+        session.begin(start)
         return result
 
     return validate_args
@@ -265,16 +261,6 @@ def _build_metadata(original):
         return metadata
 
     return build_sharded_state_dict_metadata
-
-
-def _fully_reshardable_state(original):
-    def sharded_param_state_fully_reshardable(self, *more, **named):
-        if session.active_start is None:
-            return original(self, *more, **named)
-        with ranges_without_padding(self.buffers):
-            return original(self, *more, **named)
-
-    return sharded_param_state_fully_reshardable
 
 
 def _setup_model_and_optimizer(original):

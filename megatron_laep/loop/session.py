@@ -14,6 +14,7 @@ from megatron_laep.loop.job import Running
 from megatron_laep.loop.start import Start
 from megatron_laep.mcore.checkpoint import APPLIED, Record
 from megatron_laep.mcore.hooks import HookSet
+from megatron_laep.mcore.upstream_bugs import Findings
 from megatron_laep.settings.config import LaepConfig
 
 
@@ -38,6 +39,7 @@ class Session:
 
     Attributes:
         hooks: what is replaced in Megatron.
+        upstream: which of its bugs it has; known once the hooks are in.
         config: settings from Python; None takes them from the command line.
         inside_run: a rebuild in this process is possible.
         committed_hash: the map that this process has just committed; the next start must find it.
@@ -47,6 +49,7 @@ class Session:
     """
 
     hooks: HookSet = field(default_factory=HookSet)
+    upstream: Findings = field(default_factory=Findings)
     config: LaepConfig | None = None
     inside_run: bool = False
     committed_hash: str | None = None

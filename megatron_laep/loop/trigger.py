@@ -10,10 +10,12 @@ from pathlib import Path
 
 from megatron_laep import events
 from megatron_laep.events import on_rank_0
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.stability import StabilityDecision, decide
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records import decision_log
 from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import Leg, Verdict, judge
 from megatron_laep.statistics.routing_stats import PruningWindow, RoutingStats
 
@@ -81,15 +83,15 @@ class Trigger:
 
     def _decide(self, iteration: int) -> Verdict:
         # A given plan prunes the same experts whatever the loads are: no churn.
-        rule = dict(alpha=self._config.alpha, beta=self._config.beta)
-        if self._config.plan is not None:
-            rule = dict(alpha="0", beta=0.0)
+        given = self._config.plan is not None
+        rules = PruningRules(alpha="0", beta=0.0) if given else self._config.rules
         decision = decide(
-            [window.tokens_LE for window in self._ended],
-            self._stats.layer_numbers,
+            Loads.of_windows(
+                [window.tokens_LE for window in self._ended], self._stats.layer_numbers
+            ),
             iteration=iteration,
+            rules=rules,
             thresholds=self._config.stability_thresholds(),
-            **rule,
         )
         verdict = judge(
             self._leg,

@@ -15,6 +15,7 @@ from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.mcore.layer_numbers import moe_layer_numbers, mtp_names, total_layers
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.rules import AlphaSpec
 from megatron_laep.settings.schedule import Leg
@@ -395,40 +396,38 @@ def read_plan(
             f"(--laep-prune-iteration {' '.join(map(str, prunings))}): give one iteration, and "
             "relaunch with the next iteration and its plan after it, or leave out --laep-plan"
         )
-    experts = [layer.experts_after for layer in present.layers] if present else args.num_experts
+    experts = dict.fromkeys(moe_layer_numbers(args), args.num_experts)
+    if present is not None:
+        experts = {layer.layer_number: layer.experts_after for layer in present.layers}
     try:
         expert_map = ExpertMap.from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--laep-plan {path}: {error}") from error
-    check_plan(expert_map, args, config, experts)
+    check_plan(expert_map, model_layout(args, config, experts), config)
     _check_uneven(expert_map, args, f"--laep-plan {path}")
     return expert_map
 
 
-def check_plan(
-    expert_map: ExpertMap,
+def model_layout(
     args: Namespace,
     config: LaepConfig,
-    experts: int | Sequence[int],
+    experts: Mapping[int, int],
     stages: Mapping[int, int] | None = None,
-) -> None:
-    """Whether the map of ``--laep-plan`` fits the job.
+) -> ModelLayout:
+    """The model with so many experts in each layer now, and the ranks before and after a pruning."""
+    return ModelLayout.of(
+        experts,
+        top_k=args.moe_router_topk,
+        expert_parallel_size_before=args.expert_model_parallel_size,
+        expert_parallel_size_after=config.expert_model_parallel_size,
+        stages=stages,
+    )
 
-    Args:
-        experts: of each layer before the pruning: one number, or one for each.
-        stages: the pipeline stage of each layer number; None while it is not known.
-    """
-    size = config.expert_model_parallel_size or args.expert_model_parallel_size
+
+def check_plan(expert_map: ExpertMap, layout: ModelLayout, config: LaepConfig) -> None:
+    """Whether the map of ``--laep-plan`` fits the model and its ranks."""
     try:
-        make_map.check_plan(
-            expert_map,
-            layer_numbers=moe_layer_numbers(args),
-            num_experts=experts,
-            top_k=args.moe_router_topk,
-            expert_parallel_size=size,
-            allow_empty_ranks=config.allow_empty_ranks,
-            stages=stages,
-        )
+        make_map.check_plan(expert_map, layout, allow_empty_ranks=config.allow_empty_ranks)
     except ValueError as error:
         raise ValueError(f"--laep-plan {config.plan}: {error}") from error
 

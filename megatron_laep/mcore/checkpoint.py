@@ -29,7 +29,9 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.training import checkpointing
+from torch.distributed import distributed_c10d
 
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_state import (
@@ -252,15 +254,48 @@ def loading_through(
         # unread on purpose. That all that must be read is read was checked above, and that it is
         # there is checked by the loader, key by key and shape by shape: not, however, under those
         # values of --dist-ckpt-strictness that leave out what is missing.
-        with overridden(
-            args,
-            ckpt_load_validate_sharding_integrity=False,
-            dist_ckpt_strictness="assume_ok_unexpected",
+        with (
+            overridden(
+                args,
+                ckpt_load_validate_sharding_integrity=False,
+                dist_ckpt_strictness="assume_ok_unexpected",
+            ),
+            _unread_shards_of_nobody(),
         ):
             yield
     finally:
         for layer in layers.values():
             layer.read_through = None
+
+
+@contextlib.contextmanager
+def _unread_shards_of_nobody() -> Iterator[None]:
+    """While open, a job of one process may leave stored shards unread.
+
+    Megatron tells torch that every shard which this rank does not read is on rank (own + 1) modulo
+    the number of ranks. Of one rank that is the rank itself, and torch misses the shards there. A
+    second rank is named for the time in which the description is made; nobody is asked anything.
+    """
+    if torch.distributed.get_world_size() > 1:
+        yield
+        return
+    convert = torch_strategy.sharded_tensor_to_torch_sharded_tensor
+
+    def convert_as_one_of_two(*more, **named):
+        size, ranks = torch.distributed.get_world_size, distributed_c10d.get_process_group_ranks
+        torch.distributed.get_world_size = lambda *_, **__: 2
+        distributed_c10d.get_process_group_ranks = lambda _group: [0, 1]
+        try:
+            return convert(*more, **named)
+        finally:
+            torch.distributed.get_world_size = size
+            distributed_c10d.get_process_group_ranks = ranks
+
+    torch_strategy.sharded_tensor_to_torch_sharded_tensor = convert_as_one_of_two
+    try:
+        yield
+    finally:
+        torch_strategy.sharded_tensor_to_torch_sharded_tensor = convert
 
 
 def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> None:

@@ -105,13 +105,17 @@ def complete_loaded_state(loaded: dict) -> None:
 def ranges_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
     """While open, gradient buffers say where parameters lie if there is no padding between buckets.
 
-    ``DistributedOptimizer.sharded_param_state_fully_reshardable`` (megatron-core 0.19) joins the
-    buckets without their padding, and then cuts parameters out at offsets that count it: every one
-    behind the first padding gets a part of another's moments and fp32 master. A TODO there ("this
-    assert shouldn't hold and indicates a bug, see issue #504") is about the end of the last one.
+    ``DistributedOptimizer.sharded_param_state_fully_reshardable`` joins the buckets without their
+    padding, and then cuts parameters out at offsets that count it: every one behind the first
+    padding gets a part of another's moments and fp32 master. A TODO there ("this assert shouldn't
+    hold and indicates a bug, see issue #504") is about the end of the last one. Only for a Megatron
+    on which ``upstream_bugs`` has shown this: another one would have the padding subtracted twice.
 
     Args:
         buffers: of a distributed optimizer (``_ParamAndGradBuffer``).
+
+    Raises:
+        ValueError: the offsets of a buffer do not count the padding, so there is none to take off.
     """
     padded = [buffer.param_index_map for buffer in buffers]
     try:
@@ -120,6 +124,15 @@ def ranges_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
             for bucket in buffer.buckets:
                 shifts.append(bucket.offset - start)
                 start += bucket.numel_unpadded
+            for begin, end, bucket_id in buffer.param_index_map.values():
+                bucket = buffer.buckets[bucket_id]
+                if begin < bucket.offset or end > bucket.offset + bucket.numel_unpadded:
+                    raise ValueError(
+                        f"gradient buffer: a parameter lies at {begin} to {end}, its bucket "
+                        f"{bucket_id} has {bucket.numel_unpadded} elements from {bucket.offset} on; "
+                        "this megatron-core lays its buffers out in a way that megatron_laep cannot "
+                        "save: train without --use-distributed-optimizer"
+                    )
             buffer.param_index_map = {
                 parameter: (begin - shifts[bucket_id], end - shifts[bucket_id], bucket_id)
                 for parameter, (begin, end, bucket_id) in buffer.param_index_map.items()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_laep.plan.pruning import checked_loads
+from megatron_laep.plan.loads import checked_loads
 
 
 def greedy_ranks(loads_K: object, num_ranks: int, *, equal: bool = True) -> np.ndarray:

@@ -12,64 +12,11 @@ rounding up to a multiple, the minimum.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_laep.checks import exact_decimal
-
-_INT64_MAX = np.iinfo(np.int64).max
-
-
-def checked_loads(loads_E: object) -> np.ndarray:
-    """Loads as an int64 array [E] of tokens per expert, if a decision can rest on them.
-
-    Errors: ValueError for another shape than one dimension, no experts, another type than integers
-    (counts are integers, so a float comes from a mistake on the way), NaN, negative counts, all
-    zero, or a sum beyond int64.
-    """
-    return checked_windows([loads_E])[0]
-
-
-def checked_windows(loads_WE: Sequence[object]) -> np.ndarray:
-    """Loads of several windows as int64 [W, E], if a decision can rest on their sum.
-
-    A window may be without tokens.
-    Errors: ValueError as `checked_loads`, or if the windows have different numbers of experts.
-    """
-    rows = [_checked_row(loads_E) for loads_E in loads_WE]
-    sizes = {row.size for row in rows}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the windows have loads of {' and '.join(map(str, sorted(sizes)))} experts: they are "
-            "of different models"
-        )
-    total = sum(sum(row.tolist()) for row in rows)  # Python integers: this sum cannot overflow
-    if total == 0:
-        raise ValueError(
-            f"the loads of all {rows[0].size} experts are zero: no token was counted in the window"
-        )
-    if total > _INT64_MAX:
-        raise ValueError(f"the loads sum to {total}, more than 64-bit integers hold")
-    return np.array([row.astype(np.int64) for row in rows])
-
-
-def _checked_row(loads_E: object) -> np.ndarray:
-    try:
-        loads = np.asarray(loads_E)
-    except ValueError:
-        raise ValueError("loads must be one list of token counts, got lists of lists") from None
-    if loads.ndim != 1 or loads.size == 0:
-        raise ValueError(
-            f"loads must be one token count for each expert, got an array of shape {loads.shape}"
-        )
-    if loads.dtype.kind == "f" and np.isnan(loads).any():
-        raise ValueError(f"the load of expert {int(np.isnan(loads).argmax())} is NaN")
-    if loads.dtype.kind not in "iu":
-        raise ValueError(f"loads must be integer token counts, got values of type {loads.dtype}")
-    if loads.min() < 0:
-        raise ValueError(f"the load of expert {int(loads.argmin())} is negative: {loads.min()}")
-    return loads
+from megatron_laep.plan.loads import checked_loads
 
 
 def experts_to_prune(loads_E: object, *, alpha: float, beta: float) -> np.ndarray:

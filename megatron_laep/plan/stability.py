@@ -46,13 +46,13 @@ Shape suffixes: W windows, L MoE layers, E experts of a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megatron_laep.plan.pruning import checked_loads, experts_to_prune
-from megatron_laep.settings.rules import AlphaSpec
+from megatron_laep.plan.loads import Loads, checked_loads
+from megatron_laep.plan.pruning import experts_to_prune
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.thresholds import StabilityThresholds
 
 
@@ -214,39 +214,31 @@ def _is_idle(loads_E: object) -> bool:
 
 
 def decide(
-    windows: Sequence[Sequence[Sequence[int]]],
-    layer_numbers: Sequence[int],
+    loads: Loads,
     *,
     iteration: int,
-    alpha: str,
-    beta: float,
+    rules: PruningRules,
     thresholds: StabilityThresholds = StabilityThresholds(),
 ) -> StabilityDecision:
     """Whether the loads are stable at the end of the last of the windows.
 
-    windows: consecutive windows of the same model, oldest first, each with tokens per layer and
-        expert (``LoadLog.window``); only the last patience + 1 of them are looked at.
-    layer_numbers: Megatron's 1-based number of each row.
+    loads: consecutive windows, oldest first; only the last patience + 1 of them are looked at.
     iteration: the last iteration of the last window.
-    alpha, beta: the rule that would prune, as in ``LaepConfig``.
+    rules: those that would prune; alpha and beta count.
 
     Errors: ValueError that names the layer, for loads that no decision can rest on.
     """
-    if len(windows) == 0:
-        raise ValueError("there is no window to decide on")
-    recent = windows[-thresholds.patience - 1 :]
-    if any(len(rows) != len(layer_numbers) for rows in recent):
-        raise ValueError(f"every window must have loads of {len(layer_numbers)} layers")
-    spec = AlphaSpec.parse(alpha)
+    spec = rules.alpha_spec
     layers = []
-    for row, number in enumerate(layer_numbers):
+    for number, loads_WE in loads.tokens.items():
+        recent = loads_WE[-thresholds.patience - 1 :]
         try:
             comparisons = tuple(
                 compare(
-                    before[row],
-                    now[row],
+                    before,
+                    now,
                     alpha=spec.for_layer(number),
-                    beta=beta,
+                    beta=rules.beta,
                     thresholds=thresholds,
                 )
                 for before, now in zip(recent, recent[1:], strict=False)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from tabulate import tabulate
 
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.placement import imbalance, imbalance_bound, rank_loads
 
 # So many ranks fit into a line of the table one by one.
@@ -231,7 +232,7 @@ def summarize(
                 strict=True,
             )
         ),
-        stages=_stage_rows(expert_map, stages or dict.fromkeys(expert_map.layer_numbers, 0)),
+        stages=_stage_rows(expert_map, ModelLayout.before(expert_map, stages)),
         expert_map_hash=expert_map.hash,
         iteration=expert_map.iteration,
         experts_before=experts_before,
@@ -298,10 +299,10 @@ def _row(layer: LayerMap, blocks_before: Sequence[int] | None) -> LayerRow:
     )
 
 
-def _stage_rows(expert_map: ExpertMap, stages: Mapping[int, int]) -> tuple[StageRow, ...]:
+def _stage_rows(expert_map: ExpertMap, layout: ModelLayout) -> tuple[StageRow, ...]:
     rows = []
-    for stage in sorted(set(stages.values())):
-        layers = [layer for layer in expert_map.layers if stages[layer.layer_number] == stage]
+    for stage, its_layers in layout.by_stage.items():
+        layers = [expert_map.layer(layer.layer_number) for layer in its_layers]
         counts = [sum(column) for column in zip(*(x.experts_per_rank for x in layers), strict=True)]
         shares = None
         if all(layer.loads for layer in layers):

@@ -6,9 +6,12 @@ together to the same parts: so a tool decides as the job does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_laep.plan.loads import Loads
 
 MOST_PARTS = 4
 
@@ -48,3 +51,7 @@ class OpenWindow:
             parts.append((last, [now - was for now, was in zip(now_LE, before_LE, strict=True)]))
             before_LE = now_LE
         return parts
+
+    def loads(self, layer_numbers: Sequence[int]) -> Loads:
+        """The tokens of each part, for the plan; the numbers are those of the rows."""
+        return Loads.of_windows([tokens_LE for _, tokens_LE in self.parts], layer_numbers)

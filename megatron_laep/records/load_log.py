@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import near_equal_blocks
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.windows import part_ends
 from megatron_laep.records.load_format import (
@@ -74,6 +75,11 @@ class LoadLog:
         """Of the last window; None where the file does not say."""
         return int(self.expert_parallel_sizes[-1]) or None
 
+    @property
+    def experts(self) -> dict[int, int]:
+        """Experts of each layer number."""
+        return dict(zip(self.layer_numbers, self.expert_counts, strict=True))
+
     def rows(self, tokens_LE: np.ndarray) -> list[np.ndarray]:
         """A padded matrix [L, E] as one array [E] for each layer, without the padding."""
         return [row[:count] for row, count in zip(tokens_LE, self.expert_counts, strict=True)]
@@ -90,10 +96,15 @@ class LoadLog:
         self._check_windows(windows)
         return self.rows(self.tokens_WLE[-windows:].sum(axis=0))
 
-    def parts(self, windows: int) -> list[list[np.ndarray]]:
-        """The same in up to four parts of about equal length, as a job sees its pruning window.
+    def loads(self) -> Loads:
+        """All windows, for the plan."""
+        return Loads.of_windows(list(map(self.rows, self.tokens_WLE)), self.layer_numbers)
 
-        Returns: [parts][L] arrays [E]. A recorded window is in the part in which it ends.
+    def parts(self, windows: int) -> Loads:
+        """The last ``windows`` windows in up to four parts of about equal length, as a job sees its
+        pruning window.
+
+        A recorded window is in the part in which it ends.
         Errors: ValueError if there are not so many windows.
         """
         self._check_windows(windows)
@@ -101,10 +112,11 @@ class LoadLog:
         ends = part_ends(start, int(self.last_iterations[-1]) - start)
         part_W = [bisect.bisect_left(ends, last) for last in self.last_iterations[-windows:]]
         # Long windows, or gaps between them, can leave a part without one.
-        return [
+        parts = [
             self.rows(self.tokens_WLE[-windows:][np.equal(part_W, part)].sum(axis=0))
             for part in sorted(set(part_W))
         ]
+        return Loads.of_windows(parts, self.layer_numbers)
 
     def _check_windows(self, windows: int) -> None:
         if not 1 <= windows <= self.num_windows:

@@ -11,17 +11,15 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from megatron_laep.settings.rules import AlphaSpec
+from megatron_laep.settings.rules import PLACEMENTS, PruningRules
 from megatron_laep.settings.schedule import DEFAULT_WINDOW, Leg
 from megatron_laep.settings.thresholds import StabilityThresholds
-
-PLACEMENTS = ("balanced", "greedy", "none")
 
 
 @dataclass(frozen=True)
 class LaepConfig:
     """The settings of one job, one field for each `--laep-*` flag (their help texts say what they
-    mean).
+    mean): the rules, and when and where the job prunes by them.
 
     None stands for "take the default that depends on the job". A value is not checked until
     `validate`.
@@ -29,12 +27,12 @@ class LaepConfig:
 
     prune_iteration: int | Sequence[int] | None = None
     window: int | None = None
-    alpha: str = "0.4"
-    beta: float = 0.1
-    expert_multiple: int | None = None
-    placement: str = "balanced"
-    allow_empty_ranks: bool = False
-    max_experts_per_rank_spread: int | None = None
+    alpha: str = PruningRules.alpha
+    beta: float = PruningRules.beta
+    expert_multiple: int | None = PruningRules.expert_multiple
+    placement: str = PruningRules.placement
+    allow_empty_ranks: bool = PruningRules.allow_empty_ranks
+    max_experts_per_rank_spread: int | None = PruningRules.max_experts_per_rank_spread
     expert_model_parallel_size: int | None = None
     plan: str | None = None
     exit_after_prune: bool = False
@@ -55,6 +53,13 @@ class LaepConfig:
     def enabled(self) -> bool:
         """True if the job is to be pruned: `prune_iteration` is given."""
         return self.prune_iteration is not None
+
+    @property
+    def rules(self) -> PruningRules:
+        """Which experts go, and where the others live: all that a plan needs of the settings."""
+        return PruningRules(
+            **{item.name: getattr(self, item.name) for item in fields(PruningRules)}
+        )
 
     @property
     def prune_iterations(self) -> tuple[int, ...]:
@@ -120,7 +125,7 @@ class LaepConfig:
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the job. Errors: ValueError that names the flag."""
-        for name in ("window", "expert_multiple", "expert_model_parallel_size", "record_interval"):
+        for name in ("window", "expert_model_parallel_size", "record_interval"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         for iteration in self.prune_iterations:
@@ -129,27 +134,7 @@ class LaepConfig:
             raise ValueError("--laep-prune-iteration needs at least one iteration")
         if list(self.prune_iterations) != sorted(set(self.prune_iterations)):
             raise ValueError(f"{self.prune_flag}: give ascending iterations, each one once")
-        AlphaSpec.parse(self.alpha)
-        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
-            raise ValueError(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
-        if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise ValueError(f"--laep-beta must be within 0 and 1, got {self.beta}")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(
-                f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
-            )
-        spread = self.max_experts_per_rank_spread
-        if spread is not None:
-            if not isinstance(spread, int) or isinstance(spread, bool) or spread < 0:
-                raise ValueError(
-                    f"--laep-max-experts-per-rank-spread must be an integer of at least 0, got "
-                    f"{spread!r}"
-                )
-            if self.placement != "balanced":
-                raise ValueError(
-                    f"--laep-max-experts-per-rank-spread {spread} needs --laep-placement balanced: "
-                    f"{self.placement} does not look at the number of experts"
-                )
+        self.rules.validate()
         if self.plan is not None and (not isinstance(self.plan, str) or not self.plan):
             raise ValueError(f"--laep-plan must be the path of a file, got {self.plan!r}")
         self.stability_thresholds()

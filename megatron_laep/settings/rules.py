@@ -1,6 +1,8 @@
-"""The individual constraint's factor alpha, one number or one for each range of layers.
+"""Which experts are to go and where the others are to live, as the user says it: `PruningRules`.
 
-What `--laep-alpha` says; `config` checks it, `make_map` and `stability` ask it for each layer.
+All that the planner needs of the user. A job's `LaepConfig` has them beside the iterations at which
+it prunes; tools make them of their own options. `AlphaSpec` is what `--laep-alpha` says: one number
+or one for each range of layers.
 """
 
 from __future__ import annotations
@@ -8,6 +10,66 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+
+PLACEMENTS = ("balanced", "greedy", "none")
+
+
+@dataclass(frozen=True)
+class PruningRules:
+    """The rules of a plan. Fields are named as the `--laep-*` flags, whose help texts say what they
+    mean.
+
+    None stands for "take the default that depends on the model". A value is not checked until
+    `validate`.
+    """
+
+    alpha: str = "0.4"
+    beta: float = 0.1
+    expert_multiple: int | None = None
+    placement: str = "balanced"
+    allow_empty_ranks: bool = False
+    max_experts_per_rank_spread: int | None = None
+
+    @cached_property
+    def alpha_spec(self) -> AlphaSpec:
+        """`alpha`, read. Errors: ValueError as `AlphaSpec.parse`."""
+        return AlphaSpec.parse(self.alpha)
+
+    def multiple_for(self, expert_parallel_size: int) -> int:
+        """Each layer keeps a multiple of so many experts on that many ranks."""
+        return self.expert_multiple or expert_parallel_size
+
+    def validate(self) -> None:
+        """Checks what needs no knowledge of the model. Errors: ValueError that names the flag."""
+        multiple = self.expert_multiple
+        if multiple is not None and (
+            not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1
+        ):
+            raise ValueError(
+                f"--laep-expert-multiple must be an integer of at least 1, got {multiple!r}"
+            )
+        AlphaSpec.parse(self.alpha)
+        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
+            raise ValueError(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
+        if not 0.0 <= self.beta <= 1.0:  # false for NaN too
+            raise ValueError(f"--laep-beta must be within 0 and 1, got {self.beta}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(
+                f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
+            )
+        spread = self.max_experts_per_rank_spread
+        if spread is not None:
+            if not isinstance(spread, int) or isinstance(spread, bool) or spread < 0:
+                raise ValueError(
+                    f"--laep-max-experts-per-rank-spread must be an integer of at least 0, got "
+                    f"{spread!r}"
+                )
+            if self.placement != "balanced":
+                raise ValueError(
+                    f"--laep-max-experts-per-rank-spread {spread} needs --laep-placement balanced: "
+                    f"{self.placement} does not look at the number of experts"
+                )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ of all layers in one row.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap, near_equal_blocks
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import kept_experts
-from megatron_laep.settings.config import AlphaSpec, LaepConfig
+from megatron_laep.settings.rules import PruningRules
 
 NAMED_LAYERS = 3
 """So many worst and best layers are named; fewer only where the model has fewer."""
@@ -171,35 +172,17 @@ def blocks_of_ranks(
     return [layout.layer(number).experts_per_rank for number in expert_counts]
 
 
-def experts_kept_now(
-    tokens_LE: Sequence[np.ndarray],
-    layer_numbers: Sequence[int],
-    *,
-    config: LaepConfig,
-    top_k: int,
-    expert_parallel_size_after: int,
-    stages: Mapping[int, int] | None = None,
-) -> list[np.ndarray]:
-    """For each layer, ids that would stay if the job pruned on these tokens by its own rules.
+def experts_kept_now(loads: Loads, layout: ModelLayout, rules: PruningRules) -> list[np.ndarray]:
+    """For each layer, ids that would stay if the job pruned on these loads by these rules.
 
     A layer without a token keeps everything: no decision can rest on it.
-    Arguments and errors otherwise: as of ``planning.make_expert_map``.
+    Arguments and errors otherwise: as of ``make_map.make_expert_map``.
     """
-    alpha = AlphaSpec.parse(config.alpha)
-    stage_of = stages or dict.fromkeys(layer_numbers, 0)
-    layers_of_stage = Counter(stage_of.values())
     return [
-        kept_experts(
-            tokens_E,
-            alpha.for_layer(number),
-            config=config,
-            top_k=top_k,
-            expert_parallel_size_after=expert_parallel_size_after,
-            layers_of_stage=layers_of_stage[stage_of[number]],
-        )
-        if tokens_E.any()
-        else np.arange(tokens_E.size)
-        for tokens_E, number in zip(tokens_LE, layer_numbers, strict=True)
+        kept_experts(loads, layer, layout, rules)
+        if loads.total(layer.layer_number).any()
+        else np.arange(layer.experts)
+        for layer in layout.layers
     ]
 
 

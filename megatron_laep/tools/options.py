@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.summary import ModelSize
 from megatron_laep.records import load_log
 from megatron_laep.records.load_log import LoadLog
-from megatron_laep.settings.config import PLACEMENTS, LaepConfig
+from megatron_laep.settings.rules import PLACEMENTS, PruningRules
 
-_DEFAULTS = LaepConfig()
+_DEFAULTS = PruningRules()
 # bf16 weight, fp32 gradient, fp32 master weight and two fp32 Adam moments, shared with nobody.
 BYTES_PER_PARAMETER = 2 + 4 + 4 + 4 + 4
 
@@ -102,10 +103,15 @@ def add_rounding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def rounding(args: argparse.Namespace) -> dict[str, object]:
-    """What the arguments of ``add_rounding`` say, by the names of the fields of LaepConfig."""
+def rules(args: argparse.Namespace, alpha: str, beta: float) -> PruningRules:
+    """Algorithm 1 with alpha and beta, and what the arguments of ``add_rounding`` say.
+
+    Errors: ValueError that names the flag of a job.
+    """
     names = ("expert_multiple", "placement", "allow_empty_ranks", "max_experts_per_rank_spread")
-    return {name: getattr(args, name) for name in names}
+    found = PruningRules(alpha, beta, **{name: getattr(args, name) for name in names})
+    found.validate()
+    return found
 
 
 def add_alpha_and_beta(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +192,21 @@ def model_size(args: argparse.Namespace) -> ModelSize | None:
             f"{args.bytes_per_parameter:g}"
         )
     return ModelSize(*given, bytes_per_expert_parameter=args.bytes_per_parameter)
+
+
+def layout(args: argparse.Namespace, log: LoadLog, expert_parallel_size_after: int) -> ModelLayout:
+    """The model that the loads are of, and the ranks that would hold it after pruning.
+
+    Of a run that does not say on how many ranks it was, that is the number before, too.
+    Errors: ValueError for what neither the file nor the arguments of ``add_windows`` say.
+    """
+    return ModelLayout.of(
+        log.experts,
+        stages=log.stages,
+        expert_parallel_size_before=resolve_ep_before(args, log, expert_parallel_size_after),
+        expert_parallel_size_after=expert_parallel_size_after,
+        top_k=resolve_top_k(args, log),
+    )
 
 
 def resolve_top_k(args: argparse.Namespace, log: LoadLog) -> int:

@@ -6,7 +6,6 @@ import argparse
 
 from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.summary import summarize
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.tools import options
 
 
@@ -43,23 +42,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{log.source} does not say the expert-parallel size: give --ep")
     if ep_after < 1:
         raise ValueError(f"--ep must be at least 1, got {ep_after}")
-    config = LaepConfig(
-        prune_iteration=int(log.last_iterations[-1]),
-        alpha=args.alpha,
-        beta=args.beta,
-        **options.rounding(args),
-    )
-    config.validate()
-    ep_before = options.resolve_ep_before(args, log, default=ep_after)
+    rules = options.rules(args, alpha=args.alpha, beta=args.beta)
+    layout = options.layout(args, log, ep_after)
     expert_map = make_expert_map(
-        log.parts(args.windows),
-        log.layer_numbers,
-        config=config,
-        iteration=config.prune_iteration,
-        top_k=options.resolve_top_k(args, log),
-        expert_parallel_size_before=ep_before,
-        expert_parallel_size_after=ep_after,
-        stages=log.stages,
+        log.parts(args.windows), layout, rules, iteration=int(log.last_iterations[-1])
     )
     size = options.model_size(args)
     summary = summarize(
@@ -67,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         size,
         pipeline_parallel_size=args.pipeline_parallel_size,
         stages=log.stages,
-        blocks_before=log.blocks(ep_before),
+        blocks_before=log.blocks(layout.expert_parallel_size_before),
     )
     if args.output is not None:
         options.write_text(args.output, expert_map.to_json(), options.files_of(log))

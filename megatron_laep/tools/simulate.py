@@ -16,11 +16,12 @@ from pathlib import Path
 
 from megatron_laep.json_text import parse_json
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import checked_loads
 from megatron_laep.plan.make_map import check_plan, make_expert_map
-from megatron_laep.plan.pruning import checked_loads
 from megatron_laep.records import load_log
 from megatron_laep.records.load_log import LoadLog
-from megatron_laep.settings.config import PLACEMENTS, LaepConfig
+from megatron_laep.settings.rules import PLACEMENTS, PruningRules
 from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
@@ -189,7 +190,7 @@ def _span(numbers) -> str:
 
 def _expert_map(
     args: argparse.Namespace,
-    rules: object,
+    section: object,
     shape: ModelShape,
     parallelism: Parallelism,
     log: LoadLog,
@@ -209,32 +210,30 @@ def _expert_map(
             expert_map = ExpertMap.from_json(text)
         except ValueError as error:
             raise ValueError(f"{args.plan}: {error}") from None
-        check_plan(
-            expert_map,
-            layer_numbers=log.layer_numbers,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            expert_parallel_size=expert_map.expert_parallel_size_after,
-            source=str(args.plan),
-        )
+        layout = _layout(shape, parallelism, expert_map.expert_parallel_size_after)
+        check_plan(expert_map, layout, source=str(args.plan))
         return expert_map
-    iteration = int(log.last_iterations[-1])
-    defaults = _checked_section(rules, set(names), f"{args.model}: laep")
+    defaults = _checked_section(section, set(names), f"{args.model}: laep")
     if "alpha" in defaults:
         defaults["alpha"] = str(defaults["alpha"])  # YAML reads 0.4 as a number
-    config = LaepConfig(prune_iteration=max(iteration, 1), **{**defaults, **given})
-    config.validate()
+    rules = PruningRules(**{**defaults, **given})
+    rules.validate()
     ranks = parallelism.expert if args.ep is None else args.ep
     if ranks < 1:
         raise ValueError(f"--ep must be at least 1, got {ranks}")
+    layout = _layout(shape, parallelism, ranks)
     return make_expert_map(
-        log.parts(windows),
-        log.layer_numbers,
-        config=config,
-        iteration=iteration,
+        log.parts(windows), layout, rules, iteration=int(log.last_iterations[-1])
+    )
+
+
+def _layout(shape: ModelShape, parallelism: Parallelism, ranks_after: int) -> ModelLayout:
+    """The model of the files, and so many expert-parallel ranks after pruning."""
+    return ModelLayout.of(
+        dict.fromkeys(shape.moe_layers, shape.num_experts),
         top_k=shape.top_k,
         expert_parallel_size_before=parallelism.expert,
-        expert_parallel_size_after=ranks,
+        expert_parallel_size_after=ranks_after,
         stages={
             number: stage
             for stage, numbers in enumerate(parallelism.stages(shape.num_layers))

@@ -11,30 +11,27 @@ from tqdm import tqdm
 
 from megatron_laep.plan.stability import StabilityDecision, decide
 from megatron_laep.records.load_log import LoadLog
-from megatron_laep.settings.config import AlphaSpec, LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools import options
 
 
 def decisions(
-    log: LoadLog, *, alpha: str, beta: float, thresholds: StabilityThresholds
+    log: LoadLog, rules: PruningRules, thresholds: StabilityThresholds
 ) -> list[StabilityDecision]:
     """What a job would decide at the end of each window. Errors: ValueError as `decide`."""
-    rules = LaepConfig(prune_iteration=int(log.last_iterations[-1]), alpha=alpha, beta=beta)
     rules.validate()  # also where there is no second window to use them on
     for number in log.layer_numbers:
-        AlphaSpec.parse(alpha).for_layer(number)
-    windows = [log.window(index) for index in range(log.num_windows)]
+        rules.alpha_spec.for_layer(number)
+    loads = log.loads()
     ends = range(1, log.num_windows + 1)
     # Shows from the third second on, and only where somebody looks.
     progress = tqdm(ends, desc="windows", delay=2, disable=None, file=sys.stderr)
     return [
         decide(
-            windows[max(0, end - thresholds.patience - 1) : end],
-            log.layer_numbers,
+            loads.windows(max(0, end - thresholds.patience - 1), end),
             iteration=int(log.last_iterations[end - 1]),
-            alpha=alpha,
-            beta=beta,
+            rules=rules,
             thresholds=thresholds,
         )
         for end in progress
@@ -71,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     thresholds = StabilityThresholds(
         **{field.name: getattr(args, field.name) for field in fields(StabilityThresholds)}
     )
-    found = decisions(log, alpha=args.alpha, beta=args.beta, thresholds=thresholds)
+    found = decisions(log, PruningRules(args.alpha, args.beta), thresholds)
     first = next((decision.iteration for decision in found if decision.stable), None)
     if args.json:
         options.print_json(

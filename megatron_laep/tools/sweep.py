@@ -7,7 +7,7 @@ import csv
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -15,10 +15,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import fewest_kept, make_expert_map
 from megatron_laep.plan.summary import ModelSize, PruningSummary, scaled, summarize
 from megatron_laep.records.load_log import LoadLog
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.tools import options
 
 
@@ -54,52 +56,34 @@ class SweepRow:
 
 
 def sweep(
-    loads: Sequence,
-    layer_numbers: Sequence[int],
-    combinations: Sequence[tuple[str, float, int]],
+    loads: Loads,
+    combinations: Iterable[tuple[PruningRules, ModelLayout]],
     *,
     iteration: int,
-    top_k: int,
-    expert_parallel_size_before: int | None,
-    rounding: Mapping[str, object] | None = None,
-    stages: Mapping[int, int] | None = None,
     size: ModelSize | None = None,
     blocks: Callable[[int], Sequence[Sequence[int]]] | None = None,
 ) -> Iterator[SweepRow]:
-    """One row for each (alpha, beta, expert-parallel size after pruning), in the order given.
+    """One row for each combination, in the order given.
 
-    expert_parallel_size_before: None for the size after pruning.
-    rounding: fields of `LaepConfig` besides alpha and beta, the same in each row.
     blocks: for so many ranks before, each layer's experts on them; None: equal ones.
-    Other arguments: as in `planning.make_expert_map` and `summary.summarize`.
+    Other arguments: as in `make_map.make_expert_map` and `summary.summarize`.
     Errors: ValueError as there.
     """
-    for alpha, beta, ranks in combinations:
-        config = LaepConfig(
-            prune_iteration=iteration,
-            alpha=alpha,
-            beta=beta,
-            **(rounding or {}),
-        )
-        config.validate()
-        ranks_before = expert_parallel_size_before or ranks
-        expert_map = make_expert_map(
-            loads,
-            layer_numbers,
-            config=config,
-            iteration=iteration,
-            top_k=top_k,
-            expert_parallel_size_before=ranks_before,
-            expert_parallel_size_after=ranks,
-            stages=stages,
-        )
+    for rules, layout in combinations:
+        expert_map = make_expert_map(loads, layout, rules, iteration=iteration)
         summary = summarize(
-            expert_map, size, blocks_before=blocks and blocks(ranks_before), stages=stages
+            expert_map,
+            size,
+            blocks_before=blocks and blocks(layout.expert_parallel_size_before),
+            stages=layout.stages,
         )
-        yield _row(expert_map, summary, _floor(expert_map, config, stages))
+        multiple = expert_map.expert_multiple
+        fewest = (fewest_kept(layer, layout, rules) for layer in layout.layers)
+        yield _row(expert_map, summary, [-(-least // multiple) * multiple for least in fewest])
 
 
 def _row(expert_map: ExpertMap, summary: PruningSummary, floor_L: Sequence[int]) -> SweepRow:
+    """floor_L: the fewest experts that each layer may keep under the rules."""
     before = [row.imbalance_before for row in summary.rows]
     after = [row.imbalance_after for row in summary.rows]
     return SweepRow(
@@ -122,20 +106,6 @@ def _row(expert_map: ExpertMap, summary: PruningSummary, floor_L: Sequence[int])
         ),
         map_hash=expert_map.hash,
     )
-
-
-def _floor(
-    expert_map: ExpertMap, config: LaepConfig, stages: Mapping[int, int] | None
-) -> list[int]:
-    """The fewest experts that each layer may keep under the rules."""
-    stage_of = stages or dict.fromkeys(expert_map.layer_numbers, 0)
-    stage_L = [stage_of[number] for number in expert_map.layer_numbers]
-    multiple = expert_map.expert_multiple
-    ranks = expert_map.expert_parallel_size_after
-    fewest = (
-        fewest_kept(config, expert_map.top_k, ranks, stage_L.count(stage)) for stage in stage_L
-    )
-    return [-(-minimum // multiple) * multiple for minimum in fewest]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -174,22 +144,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plans every combination and prints the rows."""
     log = options.read_loads(args)
-    combinations = list(
-        itertools.product(
-            _alphas(args.alpha or ["0.2,0.4,inf"]), _betas(args.beta), _sizes(args, log)
-        )
-    )
+    alphas, betas = _alphas(args.alpha or ["0.2,0.4,inf"]), _betas(args.beta)
+    combinations = [
+        (options.rules(args, alpha, beta), options.layout(args, log, ranks))
+        for alpha, beta, ranks in itertools.product(alphas, betas, _sizes(args, log))
+    ]
     size = options.model_size(args)
     rows = sweep(
         log.parts(args.windows),
-        log.layer_numbers,
         combinations,
         iteration=int(log.last_iterations[-1]),
-        top_k=options.resolve_top_k(args, log),
-        # 0: unknown, then each size after pruning stands for the one before.
-        expert_parallel_size_before=options.resolve_ep_before(args, log, default=0) or None,
-        rounding=options.rounding(args),
-        stages=log.stages,
         blocks=log.blocks,
         size=size,
     )

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
 from tests.support.forks import in_megatron, on_ranks
 from tests.support.jobs import KEPT, LAYERS, assert_complaint, expert_map, job, parsed, ranks
 
@@ -64,28 +65,18 @@ def test_a_fitting_plan_is_accepted(tmp_path):
 # -- loads -----------------------------------------------------------------------------------------
 
 
-def plan_on_rank_0(tokens_LE: list[list], laep: dict) -> str:
+def plan_on_rank_0(tokens_LE: list[list]) -> str:
     """What the pruning job makes of loads; the map as JSON. Only rank 0 sees them."""
-    from argparse import Namespace
-    from types import SimpleNamespace
-
     import torch
 
     from megatron_laep.loop.commit import agree_on_plan
     from megatron_laep.plan.windows import OpenWindow
-    from megatron_laep.settings.config import LaepConfig
+    from megatron_laep.settings.rules import PruningRules
 
-    config = LaepConfig(prune_iteration=10, **laep)
-    stats = SimpleNamespace(layer_numbers=LAYERS[: len(tokens_LE)], stages=None)
-    args = Namespace(
-        expert_model_parallel_size=2,
-        moe_router_topk=2,
-        num_experts=8,
-        moe_layer_freq=1,
-        num_layers=4,
-    )
+    experts = dict.fromkeys(LAYERS[: len(tokens_LE)], 8)
+    layout = ModelLayout.of(experts, top_k=2, expert_parallel_size_before=2)
     seen = OpenWindow(0, 10, tokens_LE) if torch.distributed.get_rank() == 0 else None
-    return agree_on_plan(seen, 10, args, config, None, stats).to_json()
+    return agree_on_plan(seen, 10, layout, PruningRules(), None).to_json()
 
 
 GOOD_ROW = [10, 0, 5, 100, 30, 5, 40, 10]
@@ -100,28 +91,31 @@ BAD_LOADS = {
 @pytest.mark.parametrize("row, complaint", BAD_LOADS.values(), ids=BAD_LOADS)
 def test_bad_loads_stop_every_rank(row, complaint):
     """Rank 0 alone looks at the loads; nobody goes on without it."""
-    for outcome in on_ranks(2, plan_on_rank_0, [GOOD_ROW, row], {}):
+    for outcome in on_ranks(2, plan_on_rank_0, [GOOD_ROW, row]):
         assert_complaint(outcome, "pruning at iteration 10: ", complaint)
 
 
 @pytest.mark.distributed
 def test_good_loads_give_every_rank_the_same_plan():
-    plans = [outcome.result() for outcome in on_ranks(2, plan_on_rank_0, [GOOD_ROW] * 4, {})]
+    plans = [outcome.result() for outcome in on_ranks(2, plan_on_rank_0, [GOOD_ROW] * 4)]
     assert plans[0] == plans[1]
     assert ExpertMap.from_json(plans[0]).layer(4).pruned == (1, 2)
 
 
 def plan_from_file(plan: str, tokens_LE: list) -> str:
     """What the job makes of a plan that it read from a file."""
-    from argparse import Namespace
-
     from megatron_laep.loop.commit import agree_on_plan
     from megatron_laep.plan.windows import OpenWindow
-    from megatron_laep.settings.config import LaepConfig
+    from megatron_laep.settings.rules import PruningRules
 
-    config = LaepConfig(prune_iteration=10, plan="plan.json")
-    window, args = OpenWindow(0, 10, tokens_LE), Namespace(expert_model_parallel_size=2)
-    return agree_on_plan(window, 10, args, config, ExpertMap.from_json(plan), None).to_json()
+    given = ExpertMap.from_json(plan)
+    layout = ModelLayout.of(
+        {layer.layer_number: layer.experts_before for layer in given.layers},
+        top_k=2,
+        expert_parallel_size_before=2,
+    )
+    window = OpenWindow(0, 10, tokens_LE)
+    return agree_on_plan(window, 10, layout, PruningRules(), given).to_json()
 
 
 @pytest.mark.distributed

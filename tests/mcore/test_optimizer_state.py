@@ -32,7 +32,17 @@ def start() -> None:
 class Trainee:
     """A MoE GPT with its optimizer: two layers, four experts, weights by seed."""
 
-    def __init__(self, kind: str, *, chained: bool, seed: int, sharding: str = "fully_reshardable"):
+    def __init__(
+        self,
+        kind: str,
+        *,
+        chained: bool,
+        seed: int,
+        sharding: str = "fully_reshardable",
+        fp32: bool = False,
+        bucket_size: int | None = None,
+    ):
+        """fp32: parameters, also of the distributed optimizer; bucket_size: in elements, None for one bucket."""
         import torch
         from megatron.core import parallel_state
         from megatron.core.distributed import (
@@ -46,7 +56,7 @@ class Trainee:
         from megatron.core.transformer.module import Float16Module
         from megatron.core.transformer.transformer_config import TransformerConfig
 
-        bf16, distributed = kind != "fp32", kind == "distributed"
+        bf16, distributed = kind != "fp32" and not fp32, kind == "distributed"
         dtype = torch.bfloat16 if bf16 else torch.float32
         config = TransformerConfig(
             num_layers=2,
@@ -78,7 +88,11 @@ class Trainee:
                 parameter.allreduce = not chained
         self.model = DistributedDataParallel(
             config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed,
+                overlap_grad_reduce=bucket_size is not None,
+                bucket_size=bucket_size,
+            ),
             Float16Module(config, self.core) if bf16 else self.core,
         )
         # Without clipping, since the norm of a chain is summed in another order.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -19,11 +18,11 @@ import pytest
 
 from megatron_laep import ExpertMap
 from tests.oracles.test_permutation import ORDER_OF_SUM
-from tests.support.runs import LAEP, REPOSITORY, SUPPORT, RunResult, run_megatron, tiny_arguments
+from tests.support.runs import LAEP, SUPPORT, RunResult, run_megatron, tiny_arguments
 
 pytestmark = [pytest.mark.distributed, pytest.mark.equality]
 
-WITH_STANDIN = {"PYTHONPATH": os.pathsep.join([str(SUPPORT / "te_standin"), str(REPOSITORY)])}
+STANDIN = str(SUPPORT / "te_standin")
 ITERATIONS = 9
 WINDOW_START = 3
 PRUNE_AT = 6
@@ -50,7 +49,7 @@ def train(grouped: bool = True, **flags) -> RunResult:
         **flags,
     )
     launcher = {"launcher": LAEP} if "laep_prune_iteration" in flags else {}
-    result = run_megatron(arguments, world_size=2, env=WITH_STANDIN, **launcher)
+    result = run_megatron(arguments, world_size=2, path=STANDIN, **launcher)
     parameter = "linear_fc1.weight0" if grouped else "local_experts.0.linear_fc1.weight"
     assert f"decoder.layers.3.mlp.experts.{parameter}" in result.logs[0]
     return result
@@ -79,7 +78,7 @@ def comparisons(tmp_path_factory) -> dict[tuple[int, ...], list[dict]]:
     """What compare_experts.py found, rank by rank."""
     folder = tmp_path_factory.mktemp("comparison")
     script = SUPPORT / "compare_experts.py"
-    run_megatron([folder], world_size=2, script=script, env=WITH_STANDIN)
+    run_megatron([folder], world_size=2, script=script, path=STANDIN)
     return {
         (a, b): [json.loads((folder / f"rank{rank}_{a}_{b}.json").read_text()) for rank in range(2)]
         for a, b in BLOCKS

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from megatron_laep import ExpertMap
-from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.records import load_log
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.statistics.load_metrics import load_metrics
 from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.support.forks import in_megatron
+from tests.support.plans import planned
 from tests.support.runs import (
     LAEP,
     ON_CPU,
@@ -42,7 +41,7 @@ def stock_flags(folder: Path, **more) -> list[str]:
     return tiny_arguments(
         **{
             "expert_model_parallel_size": 2,
-            # What real jobs use. (In fp32, stock Megatron 0.19.2 cannot resume its default optimizer format.)
+            # What real jobs use; stock Megatron runs it, too. (fp32: test_repaired_jobs.)
             "bf16": True,
             "moe_router_dtype": "fp32",
             "use_distributed_optimizer": True,
@@ -217,7 +216,6 @@ def test_the_loads_are_recorded(run) -> None:
 
 def test_the_metrics_of_the_training_log(run) -> None:
     """TensorBoard, W&B and console, against the loads that were recorded for the same intervals."""
-    config = LaepConfig(prune_iteration=PRUNE, alpha="1.0", beta=0.5)
     expected: dict[str, dict[int, float]] = {}
     folder, lines = run.folder / "laep", []
     for log, pruned in (
@@ -228,15 +226,7 @@ def test_the_metrics_of_the_training_log(run) -> None:
             tokens = [np.array(row) for row in log.window(window)]
             kept = None
             if not pruned:
-                plan = make_expert_map(
-                    tokens,
-                    log.layer_numbers,
-                    config=config,
-                    iteration=iteration,
-                    top_k=1,
-                    expert_parallel_size_before=2,
-                    expert_parallel_size_after=2,
-                )
+                plan = planned(tokens, log.layer_numbers, top_k=1, alpha="1.0", beta=0.5)
                 kept = [np.array(layer.kept) for layer in plan.layers]
             blocks = [(row.size // 2,) * 2 for row in tokens]
             found = load_metrics(tokens, log.layer_numbers, blocks, kept)

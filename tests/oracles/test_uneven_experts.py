@@ -175,6 +175,15 @@ def test_pruned_equals_masked(two, dispatcher) -> None:
     assert_same_run(two["pruned" + dispatcher], two["masked" + dispatcher])
 
 
+def test_pruned_equals_masked_in_one_process(tmp_path) -> None:
+    """Nobody else is there whom Megatron could take for the reader of the pruned experts."""
+    blocks = tuple((sum(counts),) for counts in TWO_KEPT)
+    runs = run_batch(
+        {"pruned": mapped(tmp_path / "a", blocks), "masked": masked(tmp_path / "a")}, world_size=1
+    )
+    assert_same_run(runs["pruned"], runs["masked"])
+
+
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> dict[str, RunResult]:
     at = tmp_path_factory.mktemp("four")

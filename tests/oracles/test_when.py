@@ -16,6 +16,7 @@ from megatron_laep import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.stability import StabilityDecision
 from megatron_laep.records import decision_log, load_log
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import Verdict
 from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools.report import data as report_data
@@ -28,7 +29,7 @@ from tests.support.forks import in_megatron, on_ranks
 # Windows end at 2, 4, 6 and so on. The saves, at 5, 10, 15 and 20, are inside one, or after it.
 ITERATIONS, LATEST, WINDOW, SAVE_INTERVAL = 22, (12, 18), 2, 5
 THRESHOLDS = StabilityThresholds(rank_correlation=0.65, churn=1.0, patience=2)
-RULE = {"alpha": "1.0", "beta": 0.5}
+RULES = PruningRules(alpha="1.0", beta=0.5)
 
 
 def flags(folder: Path, **more) -> list[str]:
@@ -41,8 +42,8 @@ def flags(folder: Path, **more) -> list[str]:
             "laep_prune_iteration": LATEST,
             "laep_prune_when_stable": True,
             "laep_window": WINDOW,
-            "laep_alpha": RULE["alpha"],
-            "laep_beta": RULE["beta"],
+            "laep_alpha": RULES.alpha,
+            "laep_beta": RULES.beta,
             "laep_record_interval": WINDOW,
             **{f"laep_stability_{name}": value for name, value in thresholds.items()},
             **more,
@@ -85,7 +86,7 @@ def run(tmp_path_factory) -> Run:
 def recorded(run: Run) -> tuple[load_log.LoadLog, list[StabilityDecision]]:
     """What ``laep stability`` says of the loads that the job recorded up to its first pruning."""
     log = load_log.read(run.folder / "laep" / "loads-full.bin")
-    return log, decisions(log, **RULE, thresholds=THRESHOLDS)
+    return log, decisions(log, RULES, THRESHOLDS)
 
 
 def test_it_prunes_at_the_first_window_end_at_which_the_loads_are_stable(run):

@@ -10,35 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.make_map import check_counts, check_plan, make_expert_map
 from megatron_laep.plan.placement import rank_loads
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
+from tests.support.plans import planned
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "expert_loads_tiny.json").read_text())
 LOADS = [10, 0, 5, 100, 30, 5, 40, 10]  # the layer of test_pruning.py
-
-
-def plan(
-    loads_LE,
-    layer_numbers=None,
-    *,
-    before=2,
-    after=2,
-    top_k=2,
-    stages=None,
-    windows=False,
-    **settings_,
-):
-    return make_expert_map(
-        loads_LE,
-        layer_numbers or range(1, len(loads_LE[0] if windows else loads_LE) + 1),
-        config=LaepConfig(prune_iteration=50, **settings_),
-        iteration=50,
-        top_k=top_k,
-        expert_parallel_size_before=before,
-        expert_parallel_size_after=after,
-        stages=stages,
-    )
 
 
 def test_hand_worked():
@@ -48,8 +28,8 @@ def test_hand_worked():
     3 -> A; 6 -> B; 4 -> B (70); 0 -> B (80, full); 7 and 5 -> A (115). No placement is better: with
     two others, the hottest one makes 115 at least.
     """
-    assert plan([LOADS], [9]).layer(9).kept == (3, 7, 5, 6, 4, 0)
-    one = plan([LOADS], [9], placement="greedy")
+    assert planned([LOADS], [9]).layer(9).kept == (3, 7, 5, 6, 4, 0)
+    one = planned([LOADS], [9], placement="greedy")
     assert one.layer(9).kept == (3, 7, 5, 6, 4, 0)
     assert one.layer(9).experts_per_rank == (3, 3)
     assert one.layer(9).pruned == (1, 2)
@@ -60,19 +40,19 @@ def test_hand_worked():
 
 
 def test_without_placement_the_order_stays():
-    assert plan([LOADS], placement="none").layer(1).kept == (0, 3, 4, 5, 6, 7)
+    assert planned([LOADS], placement="none").layer(1).kept == (0, 3, 4, 5, 6, 7)
 
 
 def test_default_multiple_is_the_new_expert_parallel_size():
-    assert plan([LOADS], before=8, after=1).layer(1).experts_after == 5
-    assert plan([LOADS], before=8, after=4).layer(1).experts_after == 8
-    assert plan([LOADS], before=8, after=4).expert_multiple == 4
-    assert plan([LOADS], before=8, after=1, expert_multiple=4).layer(1).experts_after == 8
+    assert planned([LOADS], before=8, after=1).layer(1).experts_after == 5
+    assert planned([LOADS], before=8, after=4).layer(1).experts_after == 8
+    assert planned([LOADS], before=8, after=4).expert_multiple == 4
+    assert planned([LOADS], before=8, after=1, expert_multiple=4).layer(1).experts_after == 8
 
 
 def test_alpha_of_each_layer():
     # alpha 0.19 prunes only the idle expert 1; one EP rank, so there is no rounding
-    one = plan([LOADS] * 3, [2, 4, 5], after=1, alpha="0.19:1-3,0.4:4,inf:5-6")
+    one = planned([LOADS] * 3, [2, 4, 5], after=1, alpha="0.19:1-3,0.4:4,inf:5-6")
     assert one.layer(2).pruned == (1,)
     assert one.layer(4).pruned == (1, 2, 5)
     assert one.layer(5).pruned == (1, 2, 5)
@@ -83,7 +63,7 @@ def test_alpha_of_each_layer():
 )
 def test_never_fewer_than_routing_and_ranks_need(top_k, after, expected):
     # all tokens on one expert: the rule itself would leave only that one
-    one = plan([[0, 0, 0, 9, 0, 0, 0, 0]], top_k=top_k, after=after, alpha="inf", beta=1.0)
+    one = planned([[0, 0, 0, 9, 0, 0, 0, 0]], top_k=top_k, after=after, alpha="inf", beta=1.0)
     assert one.layer(1).experts_after == expected
     assert 3 in one.layer(1).kept
 
@@ -105,7 +85,7 @@ def test_every_plan_keeps_its_promises(
 ):
     after, multiple = sizes
     stages = {number: number // 3 for number in range(1, len(loads) + 1)}
-    one = plan(
+    one = planned(
         loads,
         after=after,
         top_k=top_k,
@@ -127,27 +107,21 @@ def test_every_plan_keeps_its_promises(
         kept_loads = [item.loads[i] for i in item.kept]
         assert all(item.loads[i] <= min(kept_loads) for i in item.pruned)
         assert sum(item.loads[i] for i in item.pruned) <= beta * sum(item.loads)
-    check_plan(
-        one,
-        layer_numbers=range(1, len(loads) + 1),
-        num_experts=8,
-        top_k=top_k,
-        expert_parallel_size=after,
-        allow_empty_ranks=allow_empty_ranks,
-        stages=stages,
-    )
+    layout = ModelLayout.before(one, stages)
+    assert layout.experts == dict.fromkeys(stages, 8)
+    check_plan(one, layout, allow_empty_ranks=allow_empty_ranks)
 
 
 def test_rows_in_another_order_give_the_same_map():
     rows = np.array(RECORDED["tokens"][6])
-    one = plan(rows, [1, 2, 3, 4])
-    assert plan(rows, [1, 2, 3, 4]).hash == one.hash
-    assert plan(rows[::-1], [4, 3, 2, 1]) == one
-    assert plan(rows.tolist(), [1, 2, 3, 4]) == one
+    one = planned(rows, [1, 2, 3, 4])
+    assert planned(rows, [1, 2, 3, 4]).hash == one.hash
+    assert planned(rows[::-1], [4, 3, 2, 1]) == one
+    assert planned(rows.tolist(), [1, 2, 3, 4]) == one
 
 
 def test_layers_with_different_numbers_of_experts():
-    one = plan([LOADS, [5, 5, 5, 5]], placement="greedy")
+    one = planned([LOADS, [5, 5, 5, 5]], placement="greedy")
     assert [item.experts_before for item in one.layers] == [8, 4]
     assert one.layer(2).kept == (0, 2, 1, 3)
 
@@ -155,18 +129,18 @@ def test_layers_with_different_numbers_of_experts():
 def test_windows_are_summed_for_pruning_and_seen_by_the_placement():
     """Experts 0 and 1 are busy in one window, 2 and 3 in the other: the sums do not tell."""
     windows = [[[6, 6, 0, 0]], [[0, 0, 6, 6]]]
-    one = plan(windows, windows=True)
+    one = planned(windows, windows=True)
     assert one.layer(1).loads == (6, 6, 6, 6)
     assert sorted(one.layer(1).kept[:2]) in ([0, 2], [0, 3], [1, 2], [1, 3])
-    assert plan(np.array(windows), windows=True) == one
+    assert planned(np.array(windows), windows=True) == one
     tokens = RECORDED["tokens"][-4:]
-    split, together = plan(tokens, windows=True), plan(np.sum(tokens, axis=0))
+    split, together = planned(tokens, windows=True), planned(np.sum(tokens, axis=0))
     assert [set(x.kept) for x in split.layers] == [set(x.kept) for x in together.layers]
     assert [x.loads for x in split.layers] == [x.loads for x in together.layers]
     with pytest.raises(ValueError, match="layer 1: the windows have loads of 3 and 4 experts"):
-        plan([[[1, 2, 3, 4]], [[1, 2, 3]]], windows=True)
+        planned([[[1, 2, 3, 4]], [[1, 2, 3]]], windows=True)
     with pytest.raises(ValueError, match="layer 1: the load of expert 1 is negative"):
-        plan([[[1, 2, 3, 4]], [[1, -2, 3, 4]]], windows=True)
+        planned([[[1, 2, 3, 4]], [[1, -2, 3, 4]]], windows=True)
 
 
 class TestUneven:
@@ -175,10 +149,10 @@ class TestUneven:
 
         Alone, the hottest one would have 100 tokens, against 90: but that is 1 expert against 4.
         """
-        one = plan([LOADS], expert_multiple=1, max_experts_per_rank_spread=3)
+        one = planned([LOADS], expert_multiple=1, max_experts_per_rank_spread=3)
         assert one.layer(1).kept == (6, 4, 0, 7, 3)
         assert one.layer(1).experts_per_rank == (4, 1)
-        one = plan([LOADS], expert_multiple=1)
+        one = planned([LOADS], expert_multiple=1)
         assert one.layer(1).experts_per_rank == (3, 2)
         assert set(one.layer(1).kept[3:]) in ({3, 0}, {3, 7})
         assert one.expert_multiple == 1
@@ -186,24 +160,24 @@ class TestUneven:
     def test_a_rank_may_hold_none_of_a_layer_but_one_of_its_stage(self):
         hot = [0, 0, 0, 90, 9, 1, 0, 0]
         rule = {"alpha": "inf", "beta": 0.05, "expert_multiple": 1, "top_k": 1, "after": 4}
-        assert plan([hot], **rule).layer(1).experts_after == 4
+        assert planned([hot], **rule).layer(1).experts_after == 4
         # the rule keeps two; a stage of one layer needs one for each rank, of two layers half of it
         rule["allow_empty_ranks"] = True
-        assert plan([hot], **rule).layer(1).experts_per_rank == (1, 1, 1, 1)
-        two = plan([hot, hot], **rule)
+        assert planned([hot], **rule).layer(1).experts_per_rank == (1, 1, 1, 1)
+        two = planned([hot, hot], **rule)
         assert sorted(two.layer(1).experts_per_rank) == [0, 0, 1, 1]
         assert np.add(*(layer.experts_per_rank for layer in two.layers)).tolist() == [1] * 4
-        apart = plan([hot, hot], stages={1: 0, 2: 1}, **rule)
+        apart = planned([hot, hot], stages={1: 0, 2: 1}, **rule)
         assert [layer.experts_after for layer in apart.layers] == [4, 4]
 
     def test_stages_must_be_of_these_layers(self):
         with pytest.raises(ValueError, match=r"pipeline stages of layers \[2\] for \[1\]"):
-            plan([LOADS], stages={2: 0})
+            planned([LOADS], stages={2: 0})
 
 
 @pytest.mark.parametrize("window", range(len(RECORDED["tokens"])))
 def test_recorded_loads(window):
-    one = plan(RECORDED["tokens"][window], RECORDED["layer_numbers"])
+    one = planned(RECORDED["tokens"][window], RECORDED["layer_numbers"])
     for item in one.layers:
         assert 2 <= item.experts_after <= 32
         assert item.experts_after % 2 == 0
@@ -229,7 +203,7 @@ def test_recorded_loads(window):
 )
 def test_bad_loads_never_give_a_plan(row, message):
     with pytest.raises(ValueError, match=message):
-        plan([LOADS, row], [3, 6])
+        planned([LOADS, row], [3, 6])
 
 
 @pytest.mark.parametrize(
@@ -253,34 +227,43 @@ def test_bad_loads_never_give_a_plan(row, message):
 )
 def test_rules_that_cannot_be_fulfilled(settings_, message):
     with pytest.raises(ValueError, match=message):
-        plan([LOADS], [3], **settings_)
+        planned([LOADS], [3], **settings_)
 
 
 def test_rows_and_layer_numbers_must_correspond():
     with pytest.raises(ValueError, match="loads of 2 layers for 1 layer numbers"):
-        plan([LOADS, LOADS], [1])
+        planned([LOADS, LOADS], [1])
     with pytest.raises(ValueError, match="a layer occurs more than once"):
-        plan([LOADS, LOADS], [1, 1])
+        planned([LOADS, LOADS], [1, 1])
 
 
 class TestCheckPlan:
-    MODEL = {"layer_numbers": [1, 2], "num_experts": 8, "top_k": 2, "expert_parallel_size": 2}
-    PLAN = plan([LOADS, LOADS])
+    PLAN = planned([LOADS, LOADS])
+
+    @staticmethod
+    def model(experts=8, layer_numbers=(1, 2), top_k=2, ranks=2, stages=None) -> ModelLayout:
+        counts = [experts] * len(layer_numbers) if isinstance(experts, int) else experts
+        return ModelLayout.of(
+            dict(zip(layer_numbers, counts, strict=True)),
+            top_k=top_k,
+            expert_parallel_size_before=8,
+            expert_parallel_size_after=ranks,
+            stages=stages,
+        )
 
     def test_fits(self):
-        check_plan(self.PLAN, **self.MODEL)
-        check_plan(self.PLAN, **{**self.MODEL, "num_experts": [8, 8]})
+        check_plan(self.PLAN, self.model())
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"layer_numbers": [1, 3]}, r"it has MoE layers \[1, 2\], the model \[1, 3\]"),
             ({"layer_numbers": [1, 2, 3]}, r"MoE layers \[1, 2\], the model \[1, 2, 3\]"),
-            ({"num_experts": 16}, "layer 1 has 8 experts in it, 16 in the model; layer 2 has 8"),
-            ({"num_experts": [8, 6]}, "another model: layer 2 has 8 experts in it, 6 in the model"),
+            ({"experts": 16}, "layer 1 has 8 experts in it, 16 in the model; layer 2 has 8"),
+            ({"experts": [8, 6]}, "another model: layer 2 has 8 experts in it, 6 in the model"),
             ({"top_k": 1}, "it is for top-k 2, the model has top-k 1"),
             (
-                {"expert_parallel_size": 4},
+                {"ranks": 4},
                 "2 expert-parallel ranks, the job has 4 after pruning: use "
                 "--laep-expert-model-parallel-size 2",
             ),
@@ -288,14 +271,12 @@ class TestCheckPlan:
     )
     def test_another_model(self, changes, message):
         with pytest.raises(ValueError, match=message) as caught:
-            check_plan(self.PLAN, **{**self.MODEL, **changes}, source="plan.json")
+            check_plan(self.PLAN, self.model(**changes), source="plan.json")
         assert str(caught.value).startswith("plan.json ")
 
     def test_all_differences_at_once(self):
         with pytest.raises(ValueError, match="MoE layers .*16 in the model.*top-k 4"):
-            check_plan(
-                self.PLAN, layer_numbers=[1], num_experts=16, top_k=4, expert_parallel_size=2
-            )
+            check_plan(self.PLAN, self.model(16, [1], top_k=4))
 
     def with_counts(self, *counts):
         layers = [
@@ -305,25 +286,37 @@ class TestCheckPlan:
         return dataclasses.replace(self.PLAN, layers=tuple(layers))
 
     def test_uneven_ranks(self):
-        check_plan(self.with_counts((5, 1), (2, 4)), **self.MODEL)
+        check_plan(self.with_counts((5, 1), (2, 4)), self.model())
         with pytest.raises(ValueError, match="rank 1 no expert of layer 2: .*allow-empty-ranks"):
-            check_plan(self.with_counts((3, 3), (6, 0)), **self.MODEL)
+            check_plan(self.with_counts((3, 3), (6, 0)), self.model())
 
     def test_ranks_without_an_expert(self):
-        empty, model = self.with_counts((3, 3), (0, 6)), {**self.MODEL, "allow_empty_ranks": True}
-        check_plan(empty, **model)
-        check_plan(empty, **model, stages={1: 4, 2: 4})
+        empty = self.with_counts((3, 3), (0, 6))
+        check_plan(empty, self.model(), allow_empty_ranks=True)
+        check_plan(empty, self.model(stages={1: 4, 2: 4}), allow_empty_ranks=True)
         message = r"rank 0 no expert of any of the layers \[2\] of a pipeline stage"
         with pytest.raises(ValueError, match=message):
-            check_plan(empty, **model, stages={1: 0, 2: 1})
+            check_plan(empty, self.model(stages={1: 0, 2: 1}), allow_empty_ranks=True)
 
 
 def test_rules_that_a_pruned_model_cannot_fulfil():
-    counts, stages = {1: 8, 2: 5}, {1: 0, 2: 0}
-    sizes = {"top_k": 2, "expert_parallel_size_after": 4, "stages": stages}
-    check_counts(counts, config=LaepConfig(prune_iteration=9, expert_multiple=1), **sizes)
+    layout = ModelLayout.of({1: 8, 2: 5}, top_k=2, expert_parallel_size_before=4)
+    check_counts(layout, PruningRules(expert_multiple=1))
     with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are not a mult"):
-        check_counts(counts, config=LaepConfig(prune_iteration=9), **sizes)
+        check_counts(layout, PruningRules())
+    layout = dataclasses.replace(layout, expert_parallel_size_after=6)
     with pytest.raises(ValueError, match="layer 2, as the model is now: 5 experts are too few"):
-        sizes["expert_parallel_size_after"] = 6
-        check_counts(counts, config=LaepConfig(prune_iteration=9, expert_multiple=1), **sizes)
+        check_counts(layout, PruningRules(expert_multiple=1))
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({1: 8, 2: 8}, r"loads of layers \[1\] for a model with MoE layers \[1, 2\]"),
+        ({1: 16}, "layer 1 has loads of 8 experts, the model has 16"),
+    ],
+)
+def test_loads_of_another_model(experts, message):
+    layout = ModelLayout.of(experts, top_k=2, expert_parallel_size_before=2)
+    with pytest.raises(ValueError, match=message):
+        make_expert_map(Loads.of_window([LOADS], [1]), layout, PruningRules(), iteration=1)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laep.checks import exact_decimal
-from megatron_laep.plan.pruning import checked_loads, experts_to_keep, experts_to_prune
+from megatron_laep.plan.loads import checked_loads
+from megatron_laep.plan.pruning import experts_to_keep, experts_to_prune
 
 # 8 experts, 200 tokens, mean 25. Expert (load), ascending by (load, id): 1 (0), 2 (5), 5 (5),
 # 0 (10), 7 (10), 4 (30), 6 (40), 3 (100). Summed: 0, 5, 10, 20, 30, 60, 100, 200.

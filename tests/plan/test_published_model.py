@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap
-from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.summary import ModelSize, summarize
-from megatron_laep.settings.config import LaepConfig
+from tests.support.plans import planned
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, EXPERT_FFN = 103, 64, 4608, 16384
 KEPT = (
@@ -73,16 +72,13 @@ def test_1515_billion_become_1010_billion():
 @pytest.mark.parametrize("seed", range(5))
 def test_algorithm_1_keeps_the_published_counts(seed):
     generator = np.random.default_rng(seed)
-    one = make_expert_map(
+    one = planned(
         [loads_that_keep(num_kept, generator) for num_kept in KEPT],
-        range(1, NUM_LAYERS + 1),
-        config=LaepConfig(
-            prune_iteration=2000, alpha="0.2:1-10,0.4:11-93,0.2:94-103", beta=0.1, expert_multiple=8
-        ),
+        before=4,
+        after=4,
         iteration=2000,
-        top_k=2,
-        expert_parallel_size_before=4,
-        expert_parallel_size_after=4,
+        alpha="0.2:1-10,0.4:11-93,0.2:94-103",
+        expert_multiple=8,
     )
     assert [item.experts_after for item in one.layers] == KEPT
     total = summarize(one, SIZE, pipeline_parallel_size=104)

@@ -9,21 +9,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.pruning import experts_to_prune
 from megatron_laep.plan.stability import churn, compare, decide, load_change, rank_correlation
 from megatron_laep.records import load_log
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.thresholds import StabilityThresholds
 
 LOG = load_log.read(Path(__file__).parents[1] / "data" / "expert_loads_tiny.json")
 WINDOWS = [LOG.window(index) for index in range(LOG.num_windows)]
-RULE = {"alpha": "0.4", "beta": 0.1}
+RULES = PruningRules(alpha="0.4", beta=0.1)
 LOADS = st.lists(st.integers(0, 50), min_size=2, max_size=12)
 
 
 def run(windows, thresholds=StabilityThresholds(), interval=25, numbers=LOG.layer_numbers):
     """What the detector says at the end of each window."""
     return [
-        decide(windows[:end], numbers, iteration=interval * end, thresholds=thresholds, **RULE)
+        decide(
+            Loads.of_windows(windows[:end], numbers),
+            iteration=interval * end,
+            thresholds=thresholds,
+            rules=RULES,
+        )
         for end in range(1, len(windows) + 1)
     ]
 
@@ -211,9 +218,10 @@ class TestRecordedRun:
             assert data["thresholds"] == dataclasses.asdict(StabilityThresholds())
 
     def test_only_the_last_windows_are_looked_at(self):
-        whole = decide(WINDOWS, LOG.layer_numbers, iteration=500, **RULE)
-        assert decide(WINDOWS[-4:], LOG.layer_numbers, iteration=500, **RULE) == whole
-        assert decide(WINDOWS[-3:], LOG.layer_numbers, iteration=500, **RULE) != whole
+        loads, last = LOG.loads(), LOG.num_windows
+        whole = decide(loads, iteration=500, rules=RULES)
+        assert decide(loads.windows(last - 4, last), iteration=500, rules=RULES) == whole
+        assert decide(loads.windows(last - 3, last), iteration=500, rules=RULES) != whole
 
 
 def test_a_failure_begins_the_count_anew():
@@ -265,17 +273,16 @@ def test_thresholds_out_of_range(settings_, message):
     [
         ([[1, 2, -3, 4]], "layer 6: the load of expert 2 is negative: -3"),
         ([[1, 2, float("nan"), 4]], "layer 6: the load of expert 2 is NaN"),
-        ([[1, 2, 3]], "layer 6: one window has loads of 4 experts, the next of 3"),
-        ([[1, 2, 3, 4], [1, 2, 3, 4]], "every window must have loads of 1 layers"),
+        ([[1, 2, 3]], "layer 6: the windows have loads of 3 and 4 experts"),
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], "there are loads of 2 layers for 1 layer numbers"),
     ],
 )
 def test_loads_that_no_decision_can_rest_on(rows, message):
     with pytest.raises(ValueError, match=message):
-        decide([[[1, 2, 3, 4]], rows], [6], iteration=2, **RULE)
+        run([[[1, 2, 3, 4]], rows], numbers=[6])
 
 
-def test_rules_and_windows_must_be_there():
-    with pytest.raises(ValueError, match="no window to decide on"):
-        decide([], [6], iteration=2, **RULE)
+def test_rules_must_be_there():
+    loads = Loads.of_windows([[[1, 2]], [[1, 2]]], [6])
     with pytest.raises(ValueError, match="layer 6: --laep-alpha has no range for MoE layer 6"):
-        decide([[[1, 2]], [[1, 2]]], [6], iteration=2, alpha="0.4:1-5", beta=0.1)
+        decide(loads, iteration=2, rules=PruningRules("0.4:1-5"))

@@ -1,10 +1,11 @@
-"""The alpha specification."""
+"""The rules, and the alpha specification."""
 
 import math
 
 import pytest
 
-from megatron_laep.settings.rules import AlphaSpec
+from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import AlphaSpec, PruningRules
 
 
 def test_one_number():
@@ -85,3 +86,39 @@ def test_layer_without_a_range():
 def test_a_huge_range_is_answered_at_once():
     with pytest.raises(ValueError, match="names layer 1000000000000"):
         AlphaSpec.parse("0.4:1-1000000000000").check_layers([1, 2])
+
+
+def test_the_rules_of_a_config_are_its_fields():
+    """Same names and defaults, so that a tool and a job that say nothing plan the same."""
+    config = LaepConfig(
+        prune_iteration=10,
+        alpha="inf",
+        beta=0.2,
+        expert_multiple=4,
+        placement="none",
+        allow_empty_ranks=True,
+    )
+    assert config.rules == PruningRules("inf", 0.2, 4, "none", True)
+    assert LaepConfig().rules == PruningRules()
+
+
+def test_a_multiple_is_that_of_the_ranks_unless_it_is_given():
+    assert PruningRules().multiple_for(8) == 8
+    assert PruningRules(expert_multiple=1).multiple_for(8) == 1
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"alpha": "0.4:2-1"}, "--laep-alpha 0.4:2-1: range '0.4:2-1' is reversed; write 1-2"),
+        ({"beta": 1.5}, "--laep-beta must be within 0 and 1, got 1.5"),
+        ({"expert_multiple": 0}, "--laep-expert-multiple must be an integer of at least 1, got 0"),
+        (
+            {"max_experts_per_rank_spread": 2, "placement": "none"},
+            "--laep-max-experts-per-rank-spread 2 needs --laep-placement balanced: none does not",
+        ),
+    ],
+)
+def test_rules_without_a_job(rules, message):
+    with pytest.raises(ValueError, match=message):
+        PruningRules(**rules).validate()

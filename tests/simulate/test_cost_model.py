@@ -7,8 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laep.plan.make_map import make_expert_map
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.simulate.cost_inputs import (
     Hardware,
     LayerPlacement,
@@ -19,6 +17,7 @@ from megatron_laep.simulate.cost_inputs import (
     pruned_placements,
 )
 from megatron_laep.simulate.cost_model import calibrate, estimate, layer_time
+from tests.support.plans import planned
 
 # An expert: 3 * 2 * 4 = 24 parameters. Attention: 2 * (1 + 1 + 1 + 1) * 2 = 16.
 SHAPE = ModelShape(
@@ -197,15 +196,7 @@ def test_more_imbalance_is_never_faster(shares, moved):
 @given(rows=st.tuples(loads_of_16, loads_of_16), beta=st.sampled_from([0.0, 0.1, 0.3, 0.6]))
 def test_pruning_never_takes_more_memory_for_parameters(rows, beta):
     shape = dataclasses.replace(SHAPE, num_experts=16)
-    expert_map = make_expert_map(
-        rows,
-        [1, 2],
-        config=LaepConfig(prune_iteration=1, alpha="inf", beta=beta),
-        iteration=1,
-        top_k=1,
-        expert_parallel_size_before=2,
-        expert_parallel_size_after=2,
-    )
+    expert_map = planned(rows, top_k=1, alpha="inf", beta=beta)
     loads = dict(zip([1, 2], rows, strict=True))
     full = estimate(shape, SLOW, JOB, full_placements(loads, 2))
     for rearranged in (False, True):

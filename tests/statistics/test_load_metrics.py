@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
-from megatron_laep.plan.make_map import make_expert_map
+from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.placement import imbalance, rank_loads
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.statistics.load_metrics import (
     LoadMetrics,
     blocks_of_ranks,
@@ -21,6 +22,7 @@ from megatron_laep.statistics.load_metrics import (
     load_metrics,
     write_scalars,
 )
+from tests.support.plans import planned
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "expert_loads_tiny.json").read_text())
 TOKENS = [
@@ -222,19 +224,10 @@ def recorded(window: int) -> list[np.ndarray]:
 def test_prunable_is_what_the_job_would_prune(window, rules):
     """On recorded loads, against the map that the job makes of the same tokens."""
     tokens = recorded(window)
-    config = LaepConfig(prune_iteration=100, **rules)
-    kept = experts_kept_now(
-        tokens, range(1, 5), config=config, top_k=2, expert_parallel_size_after=2
-    )
-    expert_map = make_expert_map(
-        tokens,
-        range(1, 5),
-        config=config,
-        iteration=1,
-        top_k=2,
-        expert_parallel_size_before=2,
-        expert_parallel_size_after=2,
-    )
+    loads = Loads.of_window(tokens, range(1, 5))
+    layout = ModelLayout.of(loads.experts, top_k=2, expert_parallel_size_before=2)
+    kept = experts_kept_now(loads, layout, PruningRules(**rules))
+    expert_map = planned(tokens, **rules)
     found = load_metrics(tokens, range(1, 5), [(16, 16)] * 4, kept)
     gone = [layer.pruned for layer in expert_map.layers]
     assert found.prunable_experts == sum(map(len, gone))
@@ -247,13 +240,9 @@ def test_prunable_is_what_the_job_would_prune(window, rules):
 
 def test_a_layer_without_tokens_keeps_its_experts():
     tokens = [np.zeros(4, dtype=np.int64), np.array([0, 50, 60, 70])]
-    kept = experts_kept_now(
-        tokens,
-        [1, 2],
-        config=LaepConfig(prune_iteration=1),
-        top_k=1,
-        expert_parallel_size_after=1,
-    )
+    loads = Loads.of_window(tokens, [1, 2])
+    layout = ModelLayout.of(loads.experts, top_k=1, expert_parallel_size_before=1)
+    kept = experts_kept_now(loads, layout, PruningRules())
     assert [ids.tolist() for ids in kept] == [[0, 1, 2, 3], [1, 2, 3]]
 
 

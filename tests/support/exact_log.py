@@ -100,11 +100,23 @@ class _TrainingFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if __name__ == "__main__":
-    sys.meta_path.insert(0, _TrainingFinder())
-    if sys.argv[1] == "-m":
-        sys.argv = sys.argv[2:]
+def run(words: list[str]) -> None:
+    """Runs ``SCRIPT ARGS`` or ``-m MODULE ARGS``, logged."""
+    training = sys.modules.get(TRAINING_MODULE)
+    if training is None:
+        sys.meta_path.insert(0, _TrainingFinder())
+    else:  # in a fork of the process that has Megatron, and the result queue
+        from tests.support import fixed_order
+
+        wrap(training)
+        fixed_order.install()
+    if words[0] == "-m":
+        sys.argv = words[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = sys.argv[1:]
+        sys.argv = words
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

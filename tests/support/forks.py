@@ -53,10 +53,18 @@ class Outcome:
 
 
 def in_megatron(
-    function: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    *args: Any,
+    env: dict[str, str] | None = None,
+    timeout: float = TIMEOUT,
+    path: str = "",
+    **kwargs: Any,
 ) -> Outcome:
-    """Call `function` in one process. RANK is 0 and WORLD_SIZE 1 there, unless `env` differs."""
-    return _call(1, function, args, kwargs, env or {})[0]
+    """Call `function` in one process. RANK is 0 and WORLD_SIZE 1 there, unless `env` differs.
+
+    path: a folder whose modules Megatron is to find before all others, such as a stand-in.
+    """
+    return _call(1, function, args, kwargs, env or {}, timeout, path)[0]
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Outcome]:
@@ -83,38 +91,44 @@ def _with_process_group(function: Callable[..., Any], args: tuple, kwargs: dict)
 
 # -- in pytest's process ---------------------------------------------------------------------------
 
-_server: subprocess.Popen | None = None
+_servers: dict[str, subprocess.Popen] = {}
 _lock = threading.Lock()
 
 
 def _call(
-    ranks: int, function: Callable, args: tuple, kwargs: dict, env: dict[str, str]
+    ranks: int,
+    function: Callable,
+    args: tuple,
+    kwargs: dict,
+    env: dict[str, str],
+    timeout: float = TIMEOUT,
+    path: str = "",
 ) -> list[Outcome]:
     with _lock:
-        server = _running_server()
+        server = _running_server(path)
         try:
-            _send(server.stdin, pickle.dumps((ranks, function, args, kwargs, env)))
+            _send(server.stdin, pickle.dumps((ranks, function, args, kwargs, env, timeout)))
             return pickle.loads(_receive(server.stdout))
         except (EOFError, BrokenPipeError):
             code = server.wait(timeout=TIMEOUT)
             raise AssertionError(f"the process with Megatron died, exit code {code}") from None
 
 
-def _running_server() -> subprocess.Popen:
-    global _server
-    if _server is None or _server.poll() is not None:
+def _running_server(path: str) -> subprocess.Popen:
+    server = _servers.get(path)
+    if server is None or server.poll() is not None:
         environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
         environment["PYTHONPATH"] = os.pathsep.join(
-            [str(REPOSITORY), environment.get("PYTHONPATH", "")]
+            filter(None, [path, str(REPOSITORY), environment.get("PYTHONPATH")])
         )
-        _server = subprocess.Popen(
+        server = _servers[path] = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
         )
-        atexit.register(_stop, _server)
-    return _server
+        atexit.register(_stop, server)
+    return server
 
 
 def _stop(server: subprocess.Popen) -> None:
@@ -166,7 +180,7 @@ def _serve() -> None:
 
 def _run(request: bytes) -> list[Outcome]:
     # Unpickled here, and not only in the forks, so that a test module is imported once.
-    ranks, function, args, kwargs, env = pickle.loads(request)
+    ranks, function, args, kwargs, env, timeout = pickle.loads(request)
     with tempfile.TemporaryDirectory() as scratch:
         children = []
         for rank in range(ranks):
@@ -181,7 +195,7 @@ def _run(request: bytes) -> list[Outcome]:
                 os.environ.update(variables | env)
                 _run_fork(f"{scratch}/{rank}", function, args, kwargs)
             children.append(pid)
-        killers = [threading.Timer(TIMEOUT, os.kill, (pid, signal.SIGKILL)) for pid in children]
+        killers = [threading.Timer(timeout, os.kill, (pid, signal.SIGKILL)) for pid in children]
         for killer in killers:
             killer.start()
         codes = []

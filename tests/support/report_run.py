@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laep.plan.expert_map import ExpertMap
-from megatron_laep.plan.make_map import make_expert_map
+from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.stability import decide
 from megatron_laep.plan.summary import ModelSize, summarize
 from megatron_laep.records import decision_log
 from megatron_laep.records.load_format import LoadLogHeader
 from megatron_laep.records.load_writer import LoadLogWriter
-from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import Verdict
 from megatron_laep.settings.thresholds import StabilityThresholds
+from tests.support.plans import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"
@@ -151,11 +152,9 @@ def write_decision(folder: Path, ends: list[int], windows: list[np.ndarray], alp
     last = ends.index(PRUNE_ITERATION) + 1
     hundreds = [sum(windows[end - 4 : end]) for end in range(last - 12, last + 1, 4) if end >= 4]
     decision = decide(
-        hundreds,
-        (1, 2, 3, 4),
+        Loads.of_windows(hundreds, (1, 2, 3, 4)),
         iteration=PRUNE_ITERATION,
-        alpha=alpha,
-        beta=0.1,
+        rules=PruningRules(alpha, 0.1),
         thresholds=THRESHOLDS,
     )
     verdict = Verdict.PRUNE if decision.stable else Verdict.PRUNE_UNSTABLE
@@ -171,15 +170,7 @@ def make_run(folder: Path, *, history: bool = True, log: bool = True) -> Path:
     windows = [np.array(window) for window in data["tokens"]]
     decided = ends.index(PRUNE_ITERATION)
     tokens_LE = sum(windows[decided - 3 : decided + 1]).tolist()
-    expert_map = make_expert_map(
-        tokens_LE,
-        data["layer_numbers"],
-        config=LaepConfig(prune_iteration=PRUNE_ITERATION),
-        iteration=PRUNE_ITERATION,
-        top_k=2,
-        expert_parallel_size_before=2,
-        expert_parallel_size_after=2,
-    )
+    expert_map = planned(tokens_LE, data["layer_numbers"], iteration=PRUNE_ITERATION)
     write_pruning(folder, expert_map, tokens_LE)
     if history:
         write_decision(folder, ends, windows, expert_map.alpha)

@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laep import cpu
+from tests.support.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUPPORT = REPOSITORY / "tests" / "support"
@@ -163,6 +161,8 @@ def run_megatron(
     timeout: float = 120.0,
     check: bool = True,
     log_dir: Path | None = None,
+    fresh: bool = False,
+    path: str = "",
 ) -> RunResult:
     """Run `script` on `world_size` gloo processes and collect what they say.
 
@@ -175,12 +175,16 @@ def run_megatron(
             others, too.
         check: raise `RunFailed` unless all ranks exit with 0 in time.
         log_dir: where each rank's log goes; a temporary directory otherwise.
+        fresh: start new processes, as a user does, not forks of one that has Megatron already.
+        path: a folder whose modules Megatron is to find before all others, such as a stand-in.
 
     The logs' tails are printed as well, so that pytest shows them with any later failure of the
     test.
     """
     for _ in range(3):
-        result = _run_once(args, world_size, launcher, script, env or {}, timeout, log_dir)
+        result = _run_once(
+            args, world_size, launcher, script, env or {}, timeout, log_dir, fresh, path
+        )
         # Between choosing a free port and using it, somebody else may take it.
         if result.ok or "EADDRINUSE" not in result.logs[0]:
             break
@@ -241,6 +245,8 @@ def _run_once(
     env: Mapping[str, str],
     timeout: float,
     log_dir: Path | None,
+    fresh: bool,
+    path: str,
 ) -> RunResult:
     with tempfile.TemporaryDirectory(prefix="megatron-run-") as scratch:
         directory = Path(scratch) if log_dir is None else Path(log_dir)
@@ -249,41 +255,21 @@ def _run_once(
         exact_folder = Path(env.get("EXACT_LOG_BASE", scratch))
         exact_paths = [exact_folder / f"exact{rank}.jsonl" for rank in range(world_size)]
         environment = _environment(world_size) | dict(env)
-        command = [
-            sys.executable,
-            "-u",
-            str(SUPPORT / "exact_log.py"),
-            *launcher,
-            str(script),
-            *map(str, args),
-        ]
         started = time.monotonic()
-        processes = []
-        try:
-            for rank in range(world_size):
-                with open(paths[rank], "wb") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            command,
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            cwd=REPOSITORY,
-                            env=environment
-                            | {
-                                "RANK": str(rank),
-                                "LOCAL_RANK": str(rank),
-                                "EXACT_LOG": str(exact_paths[rank]),
-                            },
-                            start_new_session=True,
-                        )
-                    )
-            timed_out = _wait(processes, started + timeout)
-        finally:
-            for process in processes:
-                _kill(process)
+        codes, timed_out = run_ranks(
+            [*launcher, script, *args],
+            [
+                environment
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "EXACT_LOG": str(exact_paths[rank])}
+                for rank in range(world_size)
+            ],
+            paths,
+            timeout=timeout,
+            fresh=fresh,
+            path=path,
+        )
         result = RunResult(
-            returncodes=[process.wait() for process in processes],
+            returncodes=codes,
             logs=[path.read_text(errors="replace") for path in paths],
             seconds=time.monotonic() - started,
             timed_out=timed_out,
@@ -312,32 +298,6 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def _wait(processes: list[subprocess.Popen], deadline: float) -> bool:
-    """Wait until all have ended, one has failed, or time is up (returns True)."""
-    while True:
-        codes = [process.poll() for process in processes]
-        if all(code is not None for code in codes):
-            return False
-        if any(codes):
-            # Whoever waits for the failed rank ends by itself, or has two seconds to say why it
-            # does not.
-            grace = time.monotonic() + 2.0
-            while time.monotonic() < grace and any(process.poll() is None for process in processes):
-                time.sleep(0.05)
-            return False
-        if time.monotonic() > deadline:
-            return True
-        time.sleep(0.05)
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End a process and its children (checkpoint writers): they are a process group."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _read_exact(path: Path, result: RunResult) -> None:

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap
-from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.plan.placement import imbalance, rank_loads
 from megatron_laep.records import load_log
 from megatron_laep.records.load_format import LoadLogHeader
 from megatron_laep.records.load_writer import LoadLogWriter
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.tools.__main__ import COMMANDS, main
+from tests.support.plans import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"
@@ -183,15 +182,7 @@ class TestPlan:
         """The log knows top-k and the EP size; four windows are the parts that a job looks at."""
         data = json.loads(product("plan", log, "--windows", "4", "--until", "150", "--json"))
         recorded = np.array(json.loads(RECORDED.read_text())["tokens"])
-        expected = make_expert_map(
-            recorded[2:6],
-            [1, 2, 3, 4],
-            config=LaepConfig(prune_iteration=150),
-            iteration=150,
-            top_k=2,
-            expert_parallel_size_before=2,
-            expert_parallel_size_after=2,
-        )
+        expected = planned(recorded[2:6], windows=True, iteration=150)
         assert data["expert_map_hash"] == expected.hash
         text = product("plan", log.parent.parent, "--windows", "4", "--until", "150")
         assert f"loads of iterations 51 to 150; map {expected.hash}" in text
@@ -293,14 +284,13 @@ class TestSweep:
         assert len(rows) == 3 * 2 * 2
         loads = np.array(json.loads(RECORDED.read_text())["tokens"][-1])
         for row in rows:
-            plan = make_expert_map(
+            plan = planned(
                 loads,
-                [1, 2, 3, 4],
-                config=LaepConfig(prune_iteration=500, alpha=row["alpha"], beta=row["beta"]),
+                before=row["expert_parallel_size"],
+                after=row["expert_parallel_size"],
                 iteration=500,
-                top_k=2,
-                expert_parallel_size_before=row["expert_parallel_size"],
-                expert_parallel_size_after=row["expert_parallel_size"],
+                alpha=row["alpha"],
+                beta=row["beta"],
             )
             assert row["map_hash"] == plan.hash
             kept = sum(layer.experts_after for layer in plan.layers)

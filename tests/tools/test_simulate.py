@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_laep.plan.make_map import make_expert_map
 from megatron_laep.records import load_log
-from megatron_laep.settings.config import LaepConfig
 from megatron_laep.tools import simulate
 from megatron_laep.tools.__main__ import main as laep
+from tests.support.plans import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "configs" / "yuan3-ultra-103l-64e-1515b.yaml"
@@ -72,15 +71,7 @@ def test_the_published_parameters_exactly(capsys):
 def test_algorithm_1_keeps_the_published_counts_of_the_generated_loads():
     description = yaml.safe_load(MODEL.read_text(encoding="utf-8"))
     log = load_log.read(LOADS)
-    one = make_expert_map(
-        log.last(1),
-        log.layer_numbers,
-        config=LaepConfig(prune_iteration=1, **description["laep"]),
-        iteration=100,
-        top_k=2,
-        expert_parallel_size_before=4,
-        expert_parallel_size_after=4,
-    )
+    one = planned(log.last(1), log.layer_numbers, before=4, after=4, **description["laep"])
     kept = [layer.experts_after for layer in one.layers]
     assert kept == description["published"]["experts_kept"]
     assert (len(kept), sum(kept)) == (103, 4360)
@@ -145,15 +136,7 @@ def test_real_recorded_loads_and_the_hash_of_the_jobs_plan(capsys, tiny, tmp_pat
     assert (code, err) == (0, "")
     result = json.loads(out)
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    job = make_expert_map(
-        recorded["tokens"][-1],
-        recorded["layer_numbers"],
-        config=LaepConfig(prune_iteration=500),
-        iteration=500,
-        top_k=2,
-        expert_parallel_size_before=2,
-        expert_parallel_size_after=2,
-    )
+    job = planned(recorded["tokens"][-1], recorded["layer_numbers"], iteration=500)
     assert result["expert_map_hash"] == job.hash
     full, pruned, rearranged = (result["variants"][name] for name in simulate.VARIANTS)
     assert pruned["experts"] == rearranged["experts"] < full["experts"] == 128

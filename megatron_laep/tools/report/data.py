@@ -23,8 +23,7 @@ from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.stability import Comparison, compare
 from megatron_laep.records import decision_log
 from megatron_laep.records.training_log import TrainingLog, mean_between, median_milliseconds
-from megatron_laep.settings.config import LaepConfig
-from megatron_laep.settings.rules import AlphaSpec
+from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools.report.load_history import LoadHistory, Window, original_ids, read_history
 from megatron_laep.tools.report.run_files import (
@@ -245,8 +244,7 @@ def _stability_data(
 ) -> dict:
     """Each recorded window against the one before it: of all windows, not only of those that the
     heat map shows."""
-    alpha, beta, rules_source = _rules(prunings, log)
-    spec = AlphaSpec.parse(alpha)
+    rules, rules_source = _rules(prunings, log)
     thresholds, thresholds_source = thresholds_and_source
     changes = []
     pairs = list(pairwise(history.windows))
@@ -259,7 +257,7 @@ def _stability_data(
                 old_ids, new_ids = (history.original_ids[w.stage][position] for w in (before, now))
                 place_of = {expert: i for i, expert in enumerate(old_ids)}
                 before_E = before_E[[place_of[expert] for expert in new_ids]]
-            rule = {"alpha": spec.for_layer(number), "beta": beta}
+            rule = {"alpha": rules.alpha_spec.for_layer(number), "beta": rules.beta}
             layers.append(compare(before_E, now_E, **rule, thresholds=thresholds))
         changes.append(
             {
@@ -271,7 +269,7 @@ def _stability_data(
         )
     return {
         "source": "; ".join(f"{source}: tokens" for source in history.sources),
-        "rules": [alpha, beta, rules_source],
+        "rules": [rules.alpha, rules.beta, rules_source],
         "thresholds": asdict(thresholds),
         "thresholds_source": thresholds_source,
         "changes": changes,
@@ -319,25 +317,26 @@ def _thresholds(
     return StabilityThresholds(), "the defaults of --laep-stability-..."
 
 
-def _rules(prunings: Sequence[Pruning], log: TrainingLog | None) -> tuple[str, float, str]:
+def _rules(prunings: Sequence[Pruning], log: TrainingLog | None) -> tuple[PruningRules, str]:
     """alpha and beta of the run, and where they are from."""
     for pruning in prunings:
         if pruning.expert_map.beta:  # a map that was given by hand carries no rule
             expert_map = pruning.expert_map
-            return expert_map.alpha, expert_map.beta, f"{pruning.folder}/map.json"
+            rules = PruningRules(expert_map.alpha, expert_map.beta)
+            return rules, f"{pruning.folder}/map.json"
     arguments = {} if log is None else log.arguments
     if "laep_alpha" in arguments and "laep_beta" in arguments:
         (alpha, row), (beta, _) = arguments["laep_alpha"], arguments["laep_beta"]
         try:
-            LaepConfig(prune_iteration=1, alpha=alpha, beta=float(beta)).validate()
+            rules = PruningRules(alpha, float(beta))
+            rules.validate()
         except ValueError as error:
             raise ValueError(
                 f"row {row} of the training log: no rule can be read from laep_alpha {alpha!r} and "
                 f"laep_beta {beta!r}: {error}"
             ) from None
-        return alpha, float(beta), "the arguments in the training log"
-    default = LaepConfig()
-    return default.alpha, default.beta, "the defaults of --laep-alpha and --laep-beta"
+        return rules, "the arguments in the training log"
+    return PruningRules(), "the defaults of --laep-alpha and --laep-beta"
 
 
 # -- the log ---------------------------------------------------------------------------------------

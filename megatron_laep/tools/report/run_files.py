@@ -20,7 +20,7 @@ import numpy as np
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
-from megatron_laep.plan.pruning import checked_loads
+from megatron_laep.plan.loads import checked_loads
 from megatron_laep.plan.summary import LayerRow, PruningSummary, summarize
 from megatron_laep.records import decision_log, load_log
 from megatron_laep.records.training_log import TrainingLog, parse_log
