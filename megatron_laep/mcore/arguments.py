@@ -184,6 +184,15 @@ def _check_job_supported(args: Namespace, config: LaepConfig, legs: Sequence[Leg
             "recorded expert ids would be stale after pruning; remove it",
         ),
         (
+            bool(args.mtp_num_layers)
+            and args.pipeline_model_parallel_size > 1
+            and not args.untie_embeddings_and_output_weights,
+            f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} and tied embeddings",
+            "Megatron cannot save such a model, whoever trains it; add "
+            "--untie-embeddings-and-output-weights",
+        ),
+        (
             bool(args.no_save_optim),
             "--no-save-optim",
             "the optimizer state would be lost at pruning; remove it",

@@ -268,6 +268,14 @@ def test_finely_split_weights_are_refused(tmp_path):
     assert_complaint(outcome, "--tensor-parallel-num-weight-shards", "is not supported")
 
 
+def test_mtp_with_tied_embeddings_and_a_pipeline_is_refused(tmp_path):
+    flags = {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2}
+    outcome = in_megatron(parsed, job(tmp_path, **flags), env=ranks(2))
+    assert_complaint(outcome, "--mtp-num-layers 1", "tied", "--untie-embeddings-and-output-weights")
+    flags |= {"untie_embeddings_and_output_weights": True}
+    in_megatron(parsed, job(tmp_path, **flags), env=ranks(2)).result()
+
+
 def parsed_from_yaml(words: list[str], path: str, more: list[str]) -> None:
     """The same job from a YAML file, which makes Megatron forget the command line."""
     import dataclasses

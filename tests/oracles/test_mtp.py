@@ -32,7 +32,13 @@ DECIDED = {
     "laep_record_interval": 1,
 }
 BF16 = {"bf16": True, "moe_router_dtype": "fp32", "use_distributed_optimizer": True}
-PIPELINE = {"num_layers": 2, "mtp_num_layers": 1, "pipeline_model_parallel_size": 2}
+PIPELINE = {
+    "num_layers": 2,
+    "mtp_num_layers": 1,
+    "pipeline_model_parallel_size": 2,
+    # Else Megatron cannot save the model.
+    "untie_embeddings_and_output_weights": True,
+}
 
 
 def mapped(folder: Path, blocks, numbers=NUMBERS, **more) -> tuple:
@@ -161,7 +167,9 @@ def test_the_same_command_goes_on(two) -> None:
     assert ends == [2, PRUNE, 5, ITERATIONS]
     found = {i: line for name in parts for i, line in two[name].exact_losses.items()}
     assert found == two["decided"].exact_losses
-    assert {i: line for name in parts for i, line in two[name].exact.items()} == two["decided"].exact
+    assert {i: line for name in parts for i, line in two[name].exact.items()} == two[
+        "decided"
+    ].exact
 
 
 @pytest.fixture(scope="module")
