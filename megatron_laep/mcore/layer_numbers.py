@@ -20,7 +20,7 @@ there is one MTP module, which counts the tokens of every depth that it is used 
 
 from argparse import Namespace
 
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+_MOE = "E"  # in the pattern of a hybrid stack
 
 
 def moe_layer_numbers(args: Namespace) -> list[int]:
@@ -31,7 +31,7 @@ def moe_layer_numbers(args: Namespace) -> list[int]:
     """
     if args.hybrid_layer_pattern is not None:
         decoder, mtp = _hybrid(args)
-        has_experts = [symbol == Symbols.MOE for symbol in decoder + mtp * _mtp_modules(args)]
+        has_experts = [letter == _MOE for letter in decoder + mtp * _mtp_modules(args)]
     else:
         has_experts = _frequency(args)
         # Megatron takes the last layer of the decoder for the model of an MTP layer.
@@ -80,6 +80,7 @@ def _frequency(args: Namespace) -> list[bool]:
 
 
 def _hybrid(args: Namespace) -> tuple[str, str]:
-    """The symbols of the decoder's layers, and of one MTP module's."""
-    parsed = parse_hybrid_pattern(args.hybrid_layer_pattern)
-    return (parsed.main_pattern or "").replace(Symbols.PIPE, ""), parsed.mtp_pattern or ""
+    """One letter for each layer of the decoder, and of an MTP module."""
+    # "stage|stage/module/module", the modules alike: Megatron has parsed it when it validated.
+    decoder, *modules = args.hybrid_layer_pattern.split("/")
+    return decoder.replace("|", ""), modules[0] if modules else ""

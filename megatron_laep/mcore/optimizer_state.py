@@ -20,6 +20,8 @@ from typing import Any
 
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
+from megatron_laep.checks import Refusal
+
 # Dense and expert parameters differ by this flag only; with expert parallelism 1 all are dense.
 _EXPERT_FLAG = "is_expert_parallel"
 
@@ -43,7 +45,7 @@ def adapt_common_state(saved: dict, wanted: dict) -> dict:
     if len(saved_parts) == len(wanted_parts):
         return saved
     if not all(isinstance(_holder(part), dict) for part in saved_parts):
-        raise ValueError(
+        raise Refusal(
             "the optimizer state of the checkpoint is laid out by buffers (dp_reshardable) and "
             "cannot change between expert parallelism and none; save it with "
             "--dist-ckpt-optim-fully-reshardable, or keep --expert-model-parallel-size"
@@ -127,7 +129,7 @@ def ranges_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
             for begin, end, bucket_id in buffer.param_index_map.values():
                 bucket = buffer.buckets[bucket_id]
                 if begin < bucket.offset or end > bucket.offset + bucket.numel_unpadded:
-                    raise ValueError(
+                    raise Refusal(
                         f"gradient buffer: a parameter lies at {begin} to {end}, its bucket "
                         f"{bucket_id} has {bucket.numel_unpadded} elements from {bucket.offset} on; "
                         "this megatron-core lays its buffers out in a way that megatron_laep cannot "
@@ -151,8 +153,9 @@ def _parts(state: dict) -> list[dict]:
     return [state[index] for index in sorted(state)] if _is_chained(state) else [state]
 
 
-def _holder(part: dict) -> dict:
-    """The dict that has ``param_groups``: one level down, except in the plain fp32 optimizer."""
+def _holder(part: dict) -> Any:
+    """The dict that has ``param_groups``: one level down, except in the plain fp32 optimizer. Something
+    else in a format without one."""
     return part if "param_groups" in part else part.get("optimizer")
 
 
@@ -167,7 +170,7 @@ def _matching_group(wanted: dict, saved_groups: list[dict]) -> dict:
 
     candidates = [group for group in saved_groups if identity(group) == identity(wanted)]
     if not candidates:
-        raise ValueError(
+        raise Refusal(
             "optimizer state of the checkpoint: no parameter group with "
             f"{dict(zip(keys, identity(wanted), strict=True))}, got "
             f"{[identity(group) for group in saved_groups]}; resume with the same optimizer flags "
@@ -175,7 +178,7 @@ def _matching_group(wanted: dict, saved_groups: list[dict]) -> dict:
         )
     first = candidates[0]
     if any(values(group) != values(first) for group in candidates[1:]):
-        raise ValueError(
+        raise Refusal(
             "optimizer state of the checkpoint: the parameter groups "
             f"{[values(group) for group in candidates]} would have to become one, but differ; keep "
             "the expert-parallel size, or do not set different learning rates for experts"
