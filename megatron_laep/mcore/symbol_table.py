@@ -347,7 +347,7 @@ USED = (
             "num_moe_experts": "give each layer its own experts",
             "moe_router_topk": "count the tokens that a rank sends",
             "moe_token_dispatcher_type": "build the dispatcher for unequal counts",
-            "moe_pad_expert_input_to_capacity": "pad to capacity with unequal counts",
+            "moe_pad_expert_input_to_capacity": "pad unequal counts to capacity",
             "moe_flex_dispatcher_backend": "mark empty slots for each of its back ends",
             "heterogeneous_block_specs": "give each layer its own experts",
             "grad_scale_func": "let go of the old model",
@@ -428,21 +428,10 @@ USED = (
         f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.num_out_tokens",
         "count the tokens that a rank sends",
     ),
-    *_members(
-        f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher",
-        {
-            name: "pad to capacity with unequal counts"
-            for name in (
-                "drop_and_pad",
-                "capacity",
-                "num_experts",
-                "num_local_experts",
-                "input_splits",
-                "output_splits",
-                "tp_size",
-                "ep_size",
-            )
-        },
+    *(
+        Symbol(f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.{name}", "pad unequal counts to capacity")
+        for name in "drop_and_pad capacity num_experts num_local_experts input_splits".split()
+        + "output_splits tp_size ep_size".split()
     ),
     Symbol(
         f"{_DISPATCHER}:MoEAllGatherTokenDispatcher.dispatch_postprocess",
@@ -523,12 +512,7 @@ ON_CPU = (
     ),
     *(
         Symbol(f"{_CONFIG}.{name}", "have norms under sequence parallelism", probed_by=_CPU)
-        for name in (
-            "sequence_parallel",
-            "layernorm_zero_centered_gamma",
-            "persist_layer_norm",
-            "normalization",
-        )
+        for name in "sequence_parallel layernorm_zero_centered_gamma persist_layer_norm normalization".split()
     ),
 )
 
