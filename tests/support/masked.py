@@ -7,11 +7,13 @@ minus infinity, so that no token is ever routed to them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from megatron_laep import cpu
 
@@ -19,33 +21,75 @@ from megatron_laep import cpu
 def mask_routers(*map_files: str) -> Callable[[], None]:
     """Masks the experts that a map's file drops, in every router; returns what takes the masks away.
 
-    Of several maps, all from the original model, the last one counts whose iteration is over.
+    Of several maps, all from the original model, the last one counts whose iteration is over. What Megatron works out
+    from the number of experts, a capacity or the quantiles and their mean, it works out from those that are kept.
     """
     import torch
-    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
     from megatron.training import get_args
 
     pruned = {}
     for map_file in map_files:
         expert_map = json.loads(Path(map_file).read_text())
         pruned[expert_map["iteration"]] = {
-            layer["layer_number"]: sorted(set(range(layer["experts_before"])) - set(layer["kept"]))
-            for layer in expert_map["layers"]
+            layer["layer_number"]: layer["kept"] for layer in expert_map["layers"]
         }
-    gating = TopKRouter.gating
+    seams = (
+        (router.TopKRouter, "gating"),
+        (router, "qb_dual_update"),
+        # A function of the same name hides the module in its package.
+        (sys.modules["megatron.core.distributed.finalize_model_grads"], "_update_router_qb_beta"),
+        (moe_utils, "get_capacity"),
+        (token_dispatcher, "get_capacity"),
+    )
+    stock = [getattr(owner, name) for owner, name in seams]
+    gating, qb_dual_update, update_router_qb_beta, get_capacity, _ = stock
+    routing = None  # the router that has run last: its tokens are sent before another one runs
+
+    def kept(layer_router) -> list[int]:
+        done = get_args().curr_iteration
+        return pruned[max(i for i in pruned if i <= done)][layer_router.layer_number]
 
     def masked_gating(self, tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal routing
+        routing = self
         logits = gating(self, tokens)
-        mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
-        done = get_args().curr_iteration
-        mask[pruned[max(i for i in pruned if i <= done)][self.layer_number]] = True
+        mask = torch.ones(logits.shape[-1], dtype=torch.bool)
+        mask[kept(self)] = False
         return logits.masked_fill(mask, float("-inf"))
 
-    def unmask() -> None:
-        TopKRouter.gating = gating
+    def masked_quantiles(scores, k, beta, update_beta=True):
+        experts = torch.tensor(kept(routing))
+        rows = len(scores) - len(scores) % (len(experts) // math.gcd(len(experts), k))
+        indices, _ = qb_dual_update(scores[:, experts], k, beta[experts], False)
+        quantile = beta.clone()
+        if update_beta:
+            _, quantile[experts] = qb_dual_update(scores[:rows, experts], k, beta[experts], True)
+        return experts[indices], quantile
 
-    TopKRouter.gating = masked_gating
-    return unmask
+    def masked_update(model, *more, **named):
+        for layer_router in (m for chunk in model for m in chunk.modules()):
+            if getattr(layer_router, "qb_beta", None) is not None:
+                experts = kept(layer_router)
+                of_kept = SimpleNamespace(
+                    training=layer_router.training,
+                    qb_beta=layer_router.qb_beta[experts],
+                    qb_beta_accum=layer_router.qb_beta_accum[experts],
+                    qb_beta_count=layer_router.qb_beta_count,
+                )
+                chunk = SimpleNamespace(modules=lambda of_kept=of_kept: [of_kept])
+                update_router_qb_beta([chunk], *more, **named)
+                layer_router.qb_beta[experts] = of_kept.qb_beta
+
+    def masked_capacity(num_tokens, num_experts, *more, **named):
+        return get_capacity(num_tokens, len(kept(routing)), *more, **named)
+
+    def put(functions) -> None:
+        for (owner, name), function in zip(seams, functions, strict=True):
+            setattr(owner, name, function)
+
+    put((masked_gating, masked_quantiles, masked_update, masked_capacity, masked_capacity))
+    return lambda: put(stock)
 
 
 if __name__ == "__main__":
