@@ -79,16 +79,14 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
-    "quantile balancing": (
-        {"moe_router_load_balancing_type": "quantile_balancing"},
-        ["--moe-router-load-balancing-type quantile_balancing"],
-    ),
-    "quantile balancing among others": (
+    "padding in the kernels": (
         {
-            "moe_router_load_balancing_type": ["seq_aux_loss", "quantile_balancing"],
-            "moe_aux_loss_coeff": [1e-3, 1e-3],
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": "hybridep",
+            "moe_pad_expert_input_to_capacity": True,
+            "moe_expert_capacity_factor": 1.0,
         },
-        ["--moe-router-load-balancing-type quantile_balancing"],
+        ["--moe-pad-expert-input-to-capacity", "--moe-token-dispatcher-type alltoall"],
     ),
     "MTP": ({"mtp_num_layers": 1}, ["--mtp-num-layers 1"]),
     "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
