@@ -481,12 +481,7 @@ ON_CPU = (
     ),
     *(
         Symbol(f"{_CONFIG}.{name}", "have norms under sequence parallelism", probed_by=_CPU)
-        for name in (
-            "sequence_parallel",
-            "layernorm_zero_centered_gamma",
-            "persist_layer_norm",
-            "normalization",
-        )
+        for name in "sequence_parallel layernorm_zero_centered_gamma persist_layer_norm normalization".split()
     ),
 )
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import megatron.core
 import torch
 
 from megatron_laep.checks import Refusal
+from megatron_laep.mcore import symbols
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.optimizer_state import ranges_without_padding
 
@@ -96,7 +96,7 @@ class Findings:
     @property
     def fields(self) -> dict[str, str]:
         """For the log line at the start of a job."""
-        found = {"active": ",".join(self.present) or "none", "megatron": _version()}
+        found = {"active": ",".join(self.present) or "none", "megatron": symbols.megatron_version()}
         return found | ({"cannot_tell": ",".join(self.unknown)} if self.unknown else {})
 
     def check(self, args: Namespace, *, prunes: bool) -> None:
@@ -113,14 +113,9 @@ class Findings:
             if bug.name in self.unknown and args.save and bug.at_stake(args, prunes):
                 raise Refusal(
                     f"--use-distributed-optimizer: whether {bug.effect} cannot be found out with "
-                    f"megatron-core {_version()} ({self.unknown[bug.name]}), so this job "
+                    f"megatron-core {symbols.megatron_version()} ({self.unknown[bug.name]}), so this job "
                     f"might write checkpoints that are of no use; {bug.remedy}"
                 )
-
-
-def _version() -> str:
-    # Without the commit that Megatron adds: that of the repository that the job was started in.
-    return megatron.core.__version__.partition("+")[0]
 
 
 def ask_megatron() -> Findings:

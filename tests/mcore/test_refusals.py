@@ -29,9 +29,10 @@ SOUND = dict(
     heterogeneous_layers_config_encoded_json=None,
     heterogeneous_layers_config_path=None,
     hybrid_layer_pattern=None,
+    micro_batch_size=1,
+    num_experts=8,
+    seq_length=4,
     inprocess_restart=False,
-    moe_enable_routing_replay=False,
-    moe_expert_capacity_factor=None,
     moe_pad_expert_input_to_capacity=False,
     moe_router_force_biased=None,
     moe_router_force_load_balancing=False,
@@ -63,9 +64,9 @@ PRUNINGS = [4, 10]
 # What hits a row, by the flag of the row: arguments, and how the sentence names them.
 GIVEN = {
     "--ckpt-format {ckpt_format}": ({"ckpt_format": "zarr"}, "--ckpt-format zarr"),
-    "--moe-router-load-balancing-type quantile_balancing": (
-        {"moe_router_load_balancing_type": ["aux_loss", "quantile_balancing"]},
-        "--moe-router-load-balancing-type quantile_balancing",
+    "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex": (
+        {"moe_pad_expert_input_to_capacity": True, "moe_token_dispatcher_type": "flex"},
+        "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex",
     ),
     "--moe-ncclep-static-shape (or -zero-copy)": (
         {"moe_ncclep_zero_copy": True},
@@ -107,13 +108,11 @@ GIVEN = {
         {"moe_router_force_biased": 0.0},
         "--moe-router-force-biased 0.0",
     ),
-    "--moe-expert-capacity-factor {moe_expert_capacity_factor}": (
-        {"moe_expert_capacity_factor": 1.5},
-        "--moe-expert-capacity-factor 1.5",
-    ),
-    "--moe-enable-routing-replay": (
-        {"moe_enable_routing_replay": True},
-        "--moe-enable-routing-replay",
+    "--moe-router-load-balancing-type quantile_balancing with --num-experts {num_experts}, "
+    "--micro-batch-size {micro_batch_size} and --seq-length {seq_length}": (
+        {"moe_router_load_balancing_type": "quantile_balancing"},
+        "--moe-router-load-balancing-type quantile_balancing with --num-experts 8, --micro-batch-size 1 "
+        "and --seq-length 4",
     ),
     "--no-save-optim": ({"no_save_optim": True}, "--no-save-optim"),
     "--no-save-rng": ({"no_save_rng": True}, "--no-save-rng"),
@@ -146,10 +145,6 @@ GIVEN = {
         "--profile from iteration 8 to 12",
     ),
     "--inprocess-restart": ({"inprocess_restart": True}, "--inprocess-restart"),
-    "--moe-pad-expert-input-to-capacity": (
-        {"moe_pad_expert_input_to_capacity": True},
-        "--moe-pad-expert-input-to-capacity",
-    ),
 }
 
 
