@@ -56,6 +56,7 @@ PARSED = {
     "moe_pad_expert_input_to_capacity": "refuse it with the flex dispatcher",
     "moe_router_force_biased": "refuse random routing",
     "moe_router_force_load_balancing": "refuse random routing",
+    "moe_router_load_balancing_type": "see to it that quantiles can be taken",
     "moe_router_group_topk": "keep groups of experts equal and together",
     "moe_router_num_groups": "keep groups of experts equal and together",
     "moe_router_topk": "keep at least so many experts",

@@ -197,6 +197,21 @@ ROWS = (
     ),
     Row(
         When.PRUNING,
+        "--moe-router-load-balancing-type quantile_balancing with --num-experts {num_experts}, "
+        "--micro-batch-size {micro_batch_size} and --seq-length {seq_length}",
+        lambda args, _: (
+            args.moe_router_load_balancing_type == "quantile_balancing"
+            and args.num_experts is not None
+            and args.micro_batch_size * args.seq_length < args.num_experts
+        ),
+        "a micro-batch has fewer tokens than experts, so a layer may keep so many that no token is left "
+        "to take quantiles of",
+        "use a larger --micro-batch-size",
+        shown="`--moe-router-load-balancing-type quantile_balancing` with fewer tokens in a "
+        "micro-batch than experts",
+    ),
+    Row(
+        When.PRUNING,
         "--no-save-optim",
         lambda args, _: args.no_save_optim,
         "the optimizer state would be lost at pruning",

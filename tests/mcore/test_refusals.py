@@ -29,9 +29,10 @@ SOUND = dict(
     heterogeneous_layers_config_encoded_json=None,
     heterogeneous_layers_config_path=None,
     hybrid_layer_pattern=None,
+    micro_batch_size=1,
+    num_experts=8,
+    seq_length=4,
     inprocess_restart=False,
-    moe_enable_routing_replay=False,
-    moe_expert_capacity_factor=None,
     moe_pad_expert_input_to_capacity=False,
     moe_router_force_biased=None,
     moe_router_force_load_balancing=False,
@@ -106,6 +107,12 @@ GIVEN = {
     "--moe-router-force-biased {moe_router_force_biased}": (
         {"moe_router_force_biased": 0.0},
         "--moe-router-force-biased 0.0",
+    ),
+    "--moe-router-load-balancing-type quantile_balancing with --num-experts {num_experts}, "
+    "--micro-batch-size {micro_batch_size} and --seq-length {seq_length}": (
+        {"moe_router_load_balancing_type": "quantile_balancing"},
+        "--moe-router-load-balancing-type quantile_balancing with --num-experts 8, --micro-batch-size 1 "
+        "and --seq-length 4",
     ),
     "--no-save-optim": ({"no_save_optim": True}, "--no-save-optim"),
     "--no-save-rng": ({"no_save_rng": True}, "--no-save-rng"),
