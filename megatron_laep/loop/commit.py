@@ -15,6 +15,7 @@ from megatron_laep.checks import Refusal
 from megatron_laep.events import on_rank_0
 from megatron_laep.loop.job import Running
 from megatron_laep.mcore import checkpoint, model_size
+from megatron_laep.mcore.layer_numbers import mtp_names
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
@@ -149,7 +150,7 @@ def _report(
         stages=running.layout.stages,
         blocks_before=blocks_before,
     )
-    events.log_text(summary.format_table(running.layout.num_groups))
+    events.log_text(summary.format_table(running.layout.num_groups, mtp_names(args)))
     if events.is_rank_0():
         # For the job they are in the checkpoint.
         with events.failure_is_logged(iteration=expert_map.iteration):

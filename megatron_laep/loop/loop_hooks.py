@@ -18,6 +18,7 @@ from argparse import ArgumentParser, Namespace
 from types import SimpleNamespace
 
 import torch
+from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
 from megatron.training import get_args, global_vars
 from megatron.training import training as megatron_training
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -31,7 +32,13 @@ from megatron_laep.loop.start import find
 from megatron_laep.mcore import symbols
 from megatron_laep.mcore.checkpoint import ENTRY, Writer
 from megatron_laep.mcore.hooks import Hook
-from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
+from megatron_laep.mcore.moe_layer import (
+    LaepMoELayer,
+    config_of_layer,
+    config_of_mtp,
+    in_counting_layers,
+    set_layer_counts,
+)
 from megatron_laep.mcore.quantile_balancing import with_any_experts
 from megatron_laep.mcore.rebuild import release
 from megatron_laep.mcore.token_dropping import note_choice
@@ -52,6 +59,15 @@ def hooks() -> list[Hook]:
         Hook(
             "megatron.core.transformer.transformer_block:TransformerBlock._build_layers",
             _build_layers,
+        ),
+        Hook("megatron.core.models.hybrid.hybrid_block:HybridStack.__init__", _init_hybrid_stack),
+        Hook(
+            "megatron.core.transformer.transformer_layer:TransformerLayer.__init__",
+            _init_transformer_layer,
+        ),
+        Hook(
+            "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer.__init__",
+            _init_mtp_layer,
         ),
         Hook(f"{loop}:load_checkpoint", _load_checkpoint),
         Hook("megatron.training.checkpointing:generate_state_dict", _generate_state_dict),
@@ -137,6 +153,55 @@ def _build_layers(original):
         return original(self)
 
     return build_layers
+
+
+def _init_hybrid_stack(original):
+    def init(self, config, submodules, *more, **named):
+        start = session.active_start
+        if start is not None:
+            submodules = in_counting_layers(submodules)
+            if start.expert_map is not None:
+                set_layer_counts(config, start.layout())
+        original(self, config, submodules, *more, **named)
+
+    return init
+
+
+def _init_transformer_layer(original):
+    def init(self, config, submodules, layer_number=1, *more, **named):
+        # Only a hybrid stack gives its layers their final numbers.
+        if session.active_start is not None and not named.get("add_layer_offset", True):
+            config = config_of_layer(config, layer_number)
+        original(self, config, submodules, layer_number, *more, **named)
+
+    return init
+
+
+def _init_mtp_layer(original):
+    def init(
+        self, config, submodules, layer_number=1, vp_stage=None, *, mtp_layer_pattern=None, **named
+    ):
+        start = session.active_start
+        if start is not None:
+            module = layer_number + get_mtp_layer_offset(config, vp_stage)
+            before = config.num_layers
+            if mtp_layer_pattern is not None:
+                before += (module - 1) * len(mtp_layer_pattern)
+            config = config_of_mtp(config, before)
+            if mtp_layer_pattern is None and start.expert_map is not None:
+                set_layer_counts(config, start.layout())
+                config = config_of_layer(config, module)
+        original(
+            self,
+            config,
+            submodules,
+            layer_number,
+            vp_stage,
+            mtp_layer_pattern=mtp_layer_pattern,
+            **named,
+        )
+
+    return init
 
 
 def _load_checkpoint(original):

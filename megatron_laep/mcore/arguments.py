@@ -14,7 +14,8 @@ from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatch
 from megatron_laep.checks import Refusal
 from megatron_laep.mcore import refusals, symbols
 from megatron_laep.mcore.checkpoint import Record
-from megatron_laep.mcore.described_model import model_layout, moe_layer_numbers, router_groups
+from megatron_laep.mcore.described_model import model_layout, router_groups
+from megatron_laep.mcore.layer_numbers import moe_layer_numbers, mtp_names, total_layers
 from megatron_laep.mcore.unsupported import When
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
@@ -46,8 +47,7 @@ def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) ->
     if args.num_experts is not None and moe_layer_numbers(args):
         checks += [lambda: _check_iterations(args, legs), lambda: _check_sizes(args, config)]
         if config.plan is None:
-            alpha = AlphaSpec.parse(config.alpha)
-            checks += [lambda: alpha.check_layers(moe_layer_numbers(args), args.num_layers)]
+            checks += [lambda: _check_alpha(args, config)]
     for check in checks:
         try:
             check()
@@ -70,6 +70,18 @@ def check_recording(args: Namespace, config: LaepConfig) -> None:
 
 def _refuse(args: Namespace, when: When, situation: str) -> None:
     refusals.refuse([hit.sentence for hit in refusals.hits(args, {when: situation})])
+
+
+def _check_alpha(args: Namespace, config: LaepConfig) -> None:
+    """Whether ``--laep-alpha`` names all MoE layers, and no others."""
+    try:
+        spec = AlphaSpec.parse(config.alpha)
+        spec.check_layers(moe_layer_numbers(args), total_layers(args))
+    except Refusal as refusal:
+        named = ", ".join(f"{number} is {name}" for number, name in mtp_names(args).items())
+        if not named:
+            raise
+        raise Refusal(f"{refusal} (multi-token prediction: layer {named})") from None
 
 
 def _check_experts(args: Namespace, config: LaepConfig) -> None:

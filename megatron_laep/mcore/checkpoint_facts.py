@@ -15,10 +15,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_laep.checks import Refusal
 from megatron_laep.mcore import checkpoint
+from megatron_laep.mcore.layer_numbers import mtp_name
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
 _EXPERT = re.compile(r"\.mlp\.experts\.experts\.")
 _ROUTER = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?mlp\.router\.weight$")
+# Keys of multi-token prediction, of a GPT or of a hybrid stack (``layer_numbers``).
+_MTP_ROUTER = re.compile(
+    r"^mtp\.layers\.(\d+)\.(?:transformer_layer|mtp_model_layer\.layers\.(\d+))\.mlp\.router\.weight$"
+)
+_DECODER_LAYER = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?")
+_MTP_STACK_LAYER = re.compile(r"^mtp\.layers\.\d+\.mtp_model_layer\.layers\.(\d+)\.")
 _OPTIMIZER = re.compile(r"^(optimizer\.|chained_\d+\.)")
 
 
@@ -26,10 +33,12 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     """The facts of a torch_dist checkpoint, JSON-able.
 
     ``map_state`` is "none", "pending" or "applied" (``megatron_laep.mcore.checkpoint`` has the table),
-    ``prunings`` all that the model has behind it, oldest first. A layer's
+    ``prunings`` all that the model has behind it, oldest first.
     ``versions`` and ``settings`` are those of the job that wrote it, the settings as far as they were
-    not the default; None where it does not say. A layer's ``experts_in_checkpoint`` is what the weights are of, ``experts_in_model`` what a job builds
-    that loads it, ``lineage`` the original model's ids of those.
+    not the default; None where it does not say. A layer's ``experts_in_checkpoint`` is what the
+    weights are of, ``experts_in_model`` what a job builds that loads it, ``lineage`` the original
+    model's ids of those; ``name`` tells the layers of multi-token prediction from the decoder's, if
+    there are any.
     Errors: ValueError if it is not a complete torch_dist checkpoint.
     """
     if not (path / ".metadata").exists():
@@ -60,7 +69,7 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     weights = {key: shape for key, shape in shapes.items() if not _OPTIMIZER.match(key)}
     expert_parameters = sum(_numel(s) for key, s in weights.items() if _EXPERT.search(key))
     parameters = sum(map(_numel, weights.values()))
-    experts = _experts(weights)
+    experts, names = _experts(weights)
     expert_map = record.lineage.composed
     return {
         "kind": "checkpoint",
@@ -93,6 +102,7 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
                 "lineage": list(expert_map.layer(number).kept)
                 if expert_map
                 else list(range(count)),
+                **({"name": names.get(number, "decoder")} if names else {}),
             }
             for number, count in sorted(experts.items())
         ],
@@ -122,16 +132,27 @@ def _numel(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _experts(shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
-    """Experts of each MoE layer by Megatron's number, from the routers' weights.
+def _experts(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[int, int], dict[int, str]]:
+    """Experts of each MoE layer by its number, from the routers' weights, and names of MTP layers.
 
-    A checkpoint with one layout for all layers stacks them: [L, E, H] instead of [E, H] each.
+    A decoder with one layout for all layers stacks them: [L, E, H] instead of [E, H] each.
     """
-    experts = {}
+    experts, names = {}, {}
+    decoder_layers, mtp_length = 0, 1
     for key, shape in shapes.items():
-        match = _ROUTER.match(key)
-        if match and match[1] is not None:
-            experts[int(match[1]) + 1] = shape[0]
-        elif match:
-            experts.update({number: shape[1] for number in range(1, shape[0] + 1)})
-    return experts
+        if match := _DECODER_LAYER.match(key):
+            layers = shape[0] if match[1] is None else int(match[1]) + 1
+            decoder_layers = max(decoder_layers, layers)
+        elif match := _MTP_STACK_LAYER.match(key):
+            mtp_length = max(mtp_length, int(match[1]) + 1)
+    for key, shape in shapes.items():
+        if match := _ROUTER.match(key):
+            if match[1] is None:
+                experts.update({number: shape[1] for number in range(1, shape[0] + 1)})
+            else:
+                experts[int(match[1]) + 1] = shape[0]
+        elif match := _MTP_ROUTER.match(key):
+            place = int(match[1]) * mtp_length + int(match[2] or 0) + 1
+            experts[decoder_layers + place] = shape[0]
+            names[decoder_layers + place] = mtp_name(place, mtp_length)
+    return experts, names

@@ -8,14 +8,6 @@ from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.settings.config import LaepConfig
 
 
-def moe_layer_numbers(args: Namespace) -> list[int]:
-    """Megatron's 1-based numbers of the decoder layers that have experts."""
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [int(index % pattern == 0) for index in range(args.num_layers)]
-    return [index + 1 for index, has_experts in enumerate(pattern) if has_experts]
-
-
 def model_layout(
     args: Namespace,
     config: LaepConfig,

@@ -6,10 +6,12 @@ from a checkpoint through a map.
 """
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -47,6 +49,8 @@ class LaepMoELayer(MoELayer):
             (``routing_stats``). Not saved.
         read_through: while set, ``sharded_state_dict`` describes where the layer's tensors lie in a
             checkpoint that still has the old numbering; see ``checkpoint``.
+        number: of the layer in the whole model (``layer_numbers``). Megatron's own ``layer_number``
+            counts from 1 again in multi-token prediction.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class LaepMoELayer(MoELayer):
         else:
             pg_collection = pg_collection or get_default_pg_collection()
             self._build_in_slots(config, submodules, layer_number, pg_collection, table, **named)
+        self._layers_before = getattr(config, "laep_layers_before", 0)
         self.read_through: LayerMap | None = None
         self.register_buffer(
             "laep_tokens_per_expert",
@@ -108,6 +113,10 @@ class LaepMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._table = table
 
+    @property
+    def number(self) -> int:
+        return self._layers_before + self.layer_number
+
     def route(self, *inputs, **named):
         token_dropping.forget()
         # Some Megatron give the router more than the hidden states and a padding mask.
@@ -129,7 +138,7 @@ class LaepMoELayer(MoELayer):
             return entries
         if sharded_offsets:
             raise Refusal(
-                f"layer {self.layer_number}: the checkpoint stacks its layers along an axis "
+                f"layer {self.number}: the checkpoint stacks its layers along an axis "
                 f"(offsets {sharded_offsets}), which has no room for layers with different experts; "
                 "checkpoints of pruned models are written with one key for each layer"
             )
@@ -137,7 +146,7 @@ class LaepMoELayer(MoELayer):
         place_entries(
             entries,
             prefix,
-            self.layer_number,
+            self.number,
             rank=self.ep_group.rank(),
             table=self._table or SlotTable((self.num_local_experts,) * ranks),
             read_through=self.read_through,
@@ -166,39 +175,76 @@ class NoExperts(MegatronModule):
 
 
 def set_layer_counts(config: TransformerConfig, expert_map: ExpertMap) -> None:
-    """Makes a block's config hand each layer its own experts on each rank, in place.
+    """Makes a config hand each layer that is built with it its own experts on each rank, in place.
 
     Args:
-        config: of the block.
+        config: of the layers.
         expert_map: laid out for the expert-parallel size of the job.
 
     ``TransformerBlock`` asks ``config.get_config_for_layer(n)`` when ``heterogeneous_block_specs`` is
-    set, and then also writes one checkpoint key for each layer. A layer's config is a shallow copy:
-    re-running ``__post_init__`` would validate, and change, values that are derived already.
+    set, and then also writes one checkpoint key for each layer. Nothing asks it for the layers of
+    multi-token prediction and of hybrid stacks, which have keys of their own anyway: hooks give them
+    ``config_of_layer``.
     """
     slots = 0
     if config.moe_token_dispatcher_type == "flex":
         # Its back ends share buffers among the layers.
         slots = max(max(layer.experts_per_rank) for layer in expert_map.layers)
-    tables = {
+    config.laep_slot_tables = {
         layer.layer_number: SlotTable(layer.experts_per_rank, min_slots=slots)
         for layer in expert_map.layers
     }
-
-    def get_config_for_layer(layer_number: int) -> TransformerConfig:
-        if layer_number not in tables:
-            return config
-        layer_config = copy.copy(config)
-        layer_config.num_moe_experts = tables[layer_number].num_experts
-        layer_config.laep_slot_table = tables[layer_number]
-        return layer_config
-
-    config.get_config_for_layer = get_config_for_layer
+    config.get_config_for_layer = functools.partial(config_of_layer, config)
     config.heterogeneous_block_specs = True
 
 
+def config_of_layer(config: TransformerConfig, layer_number: int) -> TransformerConfig:
+    """The config of one layer: ``config`` itself, if the layer is as all are.
+
+    Args:
+        config: as ``set_layer_counts``, or ``config_of_mtp`` after it, has left it.
+        layer_number: Megatron's, of a layer that is built with ``config``.
+
+    Else a shallow copy: re-running ``__post_init__`` would validate, and change, values that are
+    derived already.
+    """
+    number = getattr(config, "laep_layers_before", 0) + layer_number
+    table = getattr(config, "laep_slot_tables", {}).get(number)
+    if table is None:
+        return config
+    layer_config = copy.copy(config)
+    layer_config.num_moe_experts = table.num_experts
+    layer_config.laep_slot_table = table
+    return layer_config
+
+
+def config_of_mtp(config: TransformerConfig, layers_before: int) -> TransformerConfig:
+    """The config of a module of multi-token prediction, whose layers Megatron counts from 1 again.
+
+    Args:
+        layers_before: what its layers' own numbers are counted from.
+    """
+    mtp_config = copy.copy(config)
+    mtp_config.laep_layers_before = layers_before
+    return mtp_config
+
+
+def in_counting_layers(submodules: HybridStackSubmodules) -> HybridStackSubmodules:
+    """A hybrid stack's spec with the drop-in where it names ``MoELayer``.
+
+    Megatron makes its own specs of hybrid stacks while it is imported, before anything can be hooked.
+    """
+    layer = submodules.moe_layer
+    mlp = getattr(getattr(layer, "submodules", None), "mlp", None)
+    if not (isinstance(mlp, functools.partial) and mlp.func is MoELayer):
+        return submodules  # ``find_layers`` complains, if it is none of ours
+    mlp = functools.partial(LaepMoELayer, *mlp.args, **mlp.keywords)
+    layer = replace(layer, submodules=replace(layer.submodules, mlp=mlp))
+    return replace(submodules, moe_layer=layer)
+
+
 def find_layers(model: list[torch.nn.Module]) -> dict[int, LaepMoELayer]:
-    """The decoder's MoE layers that live on this rank, by layer number.
+    """The MoE layers that live on this rank, by their number in the whole model.
 
     Raises:
         ValueError: a MoE layer is not the drop-in, so its tokens would go uncounted.
@@ -207,7 +253,7 @@ def find_layers(model: list[torch.nn.Module]) -> dict[int, LaepMoELayer]:
     for chunk in model:
         for name, module in chunk.named_modules():
             if isinstance(module, LaepMoELayer):
-                layers[module.layer_number] = module
+                layers[module.number] = module
             elif isinstance(module, MoELayer):
                 raise Refusal(
                     f"{name} is a {type(module).__name__}, wanted megatron_laep's LaepMoELayer: its "

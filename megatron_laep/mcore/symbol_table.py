@@ -46,6 +46,8 @@ _CPU = "cpu.platform"
 _LOOP = "megatron.training.training"
 _SAVES = "megatron.training.checkpointing"
 _MAPPING = f"{_CORE}.dist_checkpointing.mapping"
+_HYBRID = f"{_CORE}.models.hybrid.hybrid_block"
+_MTP = f"{_CORE}.transformer.multi_token_prediction"
 _MOE_LAYER = f"{_CORE}.transformer.moe.moe_layer"
 _DISPATCHER = f"{_CORE}.transformer.moe.token_dispatcher"
 _DISPATCHERS = (
@@ -90,6 +92,22 @@ HOOKED = (
         takes="self",
         exactly=True,
         looks_up="heterogeneous_block_specs, get_config_for_layer",
+    ),
+    Symbol(
+        f"{_HYBRID}:HybridStack.__init__",
+        "put the counting layer into hybrid stacks, whose spec is made at import",
+        takes="self, config, submodules",
+        looks_up="moe_layer",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.transformer_layer:TransformerLayer.__init__",
+        "give each layer of a hybrid stack its own experts: the stack asks for no config by layer",
+        takes="self, config, submodules, layer_number, *, add_layer_offset",
+    ),
+    Symbol(
+        f"{_MTP}:MultiTokenPredictionLayer.__init__",
+        "tell the layers of multi-token prediction from the decoder's, and give them their experts",
+        takes="self, config, submodules, layer_number, vp_stage, *, mtp_layer_pattern",
     ),
     Symbol(
         f"{_LOOP}:load_checkpoint",
@@ -338,6 +356,19 @@ USED = (
             "param_sync_func": "let go of the old model",
             "finalize_model_grads_func": "let go of the old model",
         },
+    ),
+    Symbol(
+        f"{_CONFIG}.num_layers", "number the layers of multi-token prediction after the decoder's"
+    ),
+    Symbol(
+        f"{_HYBRID}:HybridStackSubmodules",
+        "put the counting layer into hybrid stacks",
+        takes="*, moe_layer",
+    ),
+    Symbol(
+        f"{_MTP}:get_mtp_layer_offset",
+        "number the layers of multi-token prediction after the decoder's",
+        takes="config, vp_stage",
     ),
     Symbol(f"{_CORE}.transformer.module:MegatronModule", "stand for a rank without experts"),
     Symbol(f"{_CORE}.transformer.moe.moe_utils:get_default_pg_collection", "know a rank's experts"),

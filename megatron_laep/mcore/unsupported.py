@@ -96,14 +96,6 @@ ROWS = (
     ),
     Row(
         When.MODEL,
-        "--mtp-num-layers {mtp_num_layers}",
-        lambda args, _: args.mtp_num_layers,
-        "multi-token prediction layers have experts of their own, which would be neither counted nor "
-        "pruned",
-        "train without them",
-    ),
-    Row(
-        When.MODEL,
         "--hybrid-layer-pattern {hybrid_layer_pattern}",
         lambda args, _: args.hybrid_layer_pattern is not None,
         "a hybrid stack gives all its layers one config",
@@ -189,6 +181,19 @@ ROWS = (
         lambda args, _: args.moe_router_force_biased is not None,
         "random biases say nothing about the experts, so there is nothing to prune by",
         "remove it (--laep-record-interval alone records it)",
+    ),
+    Row(
+        When.PRUNING,
+        "--mtp-num-layers {mtp_num_layers} with pipeline stages and tied embeddings",
+        lambda args, _: (
+            args.mtp_num_layers
+            and args.pipeline_model_parallel_size > 1
+            and not args.untie_embeddings_and_output_weights
+        ),
+        "Megatron cannot save such a model, whoever trains it",
+        "add --untie-embeddings-and-output-weights",
+        shown="`--mtp-num-layers ...` with `--pipeline-model-parallel-size` above 1, without "
+        "`--untie-embeddings-and-output-weights`",
     ),
     Row(
         When.PRUNING,
@@ -321,20 +326,11 @@ ROWS = (
         "use another recipe",
     ),
     # -- records --------------------------------------------------------------------------------------
-    *(
-        Row(
-            When.RECORD,
-            flag,
-            given,
-            "the record would not tell its layers apart",
-            "remove --laep-record-interval",
-        )
-        for flag, given in (
-            (
-                "--hybrid-layer-pattern {hybrid_layer_pattern}",
-                lambda args, _: args.hybrid_layer_pattern is not None,
-            ),
-            ("--mtp-num-layers {mtp_num_layers}", lambda args, _: args.mtp_num_layers),
-        )
+    Row(
+        When.RECORD,
+        "--hybrid-layer-pattern {hybrid_layer_pattern}",
+        lambda args, _: args.hybrid_layer_pattern is not None,
+        "the record would not tell its layers apart",
+        "remove --laep-record-interval",
     ),
 )

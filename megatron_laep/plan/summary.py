@@ -117,15 +117,19 @@ class PruningSummary:
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
 
-    def format_table(self, num_groups: int | None = None) -> str:
+    def format_table(
+        self, num_groups: int | None = None, names: Mapping[int, str] | None = None
+    ) -> str:
         """The table as text, all layers, then the totals; lines without trailing newline.
 
         num_groups: the groups that the router limits itself to get a column; None: it does not.
+        names: what layers are called besides their numbers, such as ``mtp 1``.
         """
+        names = names or {}
         table = tabulate(
             [
                 (
-                    row.layer_number,
+                    " = ".join(filter(None, (names.get(row.layer_number), str(row.layer_number)))),
                     row.experts_before,
                     row.experts_after,
                     *([row.experts_after // num_groups] if num_groups else []),

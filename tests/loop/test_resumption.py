@@ -322,15 +322,6 @@ BAD_MODELS = {
         {"moe_layer_freq": "([0]+[1]*3)"},
         ["MoE layers [1, 2, 3, 4]", "MoE layers [2, 3, 4]"],
     ),
-    "uneven and padded": (
-        "uneven",
-        {
-            "expert_model_parallel_size": 4,
-            "moe_pad_expert_input_to_capacity": True,
-            "moe_expert_capacity_factor": 1.0,
-        },
-        ["--moe-pad-expert-input-to-capacity", "layer 2 has [2, 2, 1, 1] on its ranks"],
-    ),
     "top-k": (
         "applied",
         {"moe_router_topk": 5},

@@ -26,6 +26,14 @@ BAD_FLAGS = {
         {"laep_alpha": "0.4:1-3"},
         ["--laep-alpha has no range for MoE layer 4", "0.4:1-3"],
     ),
+    "alpha MTP layer missing": (
+        {"mtp_num_layers": 2, "laep_alpha": "0.4:1-5"},
+        ["--laep-alpha has no range for MoE layer 6", "layer 5 is mtp 1, 6 is mtp 2"],
+    ),
+    "alpha layer beyond MTP": (
+        {"mtp_num_layers": 1, "laep_alpha": "0.4:1-6"},
+        ["--laep-alpha", "layer 6", "5 layers", "layer 5 is mtp 1"],
+    ),
     "alpha layer twice": ({"laep_alpha": "0.4:1-3,0.2:3-4"}, ["--laep-alpha", "layer 3"]),
     "alpha layer 0": ({"laep_alpha": "0.4:0-4"}, ["--laep-alpha", "count from 1"]),
     "beta above": ({"laep_beta": 1.5}, ["--laep-beta", "within 0 and 1", "got 1.5"]),
@@ -249,6 +257,14 @@ def test_finely_split_weights_are_refused(tmp_path):
     assert_complaint(outcome, "--tensor-parallel-num-weight-shards", "is not supported")
 
 
+def test_mtp_with_tied_embeddings_and_a_pipeline_is_refused(tmp_path):
+    flags = {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2}
+    outcome = in_megatron(parsed, job(tmp_path, **flags), env=ranks(2))
+    assert_complaint(outcome, "--mtp-num-layers 1", "tied", "--untie-embeddings-and-output-weights")
+    flags |= {"untie_embeddings_and_output_weights": True}
+    in_megatron(parsed, job(tmp_path, **flags), env=ranks(2)).result()
+
+
 def parsed_from_yaml(words: list[str], path: str, more: list[str]) -> None:
     """The same job from a YAML file, which makes Megatron forget the command line."""
     import dataclasses
@@ -378,6 +394,7 @@ FINE = {
         1,
         {"moe_layer_freq": "([0,1]*2)", "laep_alpha": "inf:2,0:4"},
     ),
+    "multi-token prediction": (1, {"mtp_num_layers": 2, "laep_alpha": "0.4:1-4,0:5-6"}),
     "every second layer": (1, {"moe_layer_freq": 2, "laep_alpha": "0.4:1,0.4:3-4"}),
     "several losses": (
         1,

@@ -33,6 +33,8 @@ def _hex(number: Any) -> str:
 
 def wrap(training: ModuleType) -> None:
     """Logs what ``training_log`` of Megatron's training module gets."""
+    from megatron.core.transformer import multi_token_prediction
+
     training_log = training.training_log
 
     @functools.wraps(training_log)
@@ -47,9 +49,13 @@ def wrap(training: ModuleType) -> None:
         if loss_dict:
             # training_log(..., loss_scale, report_memory_flag, skipped_iter, grad_norm, ...)
             grad_norm = kwargs["grad_norm"] if "grad_norm" in kwargs else args[3]
+            losses = {name: _hex(loss) for name, loss in loss_dict.items()}
+            # Of multi-token prediction: this rank's sum over micro-batches, before it is reduced.
+            tracked = multi_token_prediction.MTPLossLoggingHelper.tracker.get("loss_values", ())
+            losses |= {f"mtp_{i} loss": _hex(loss) for i, loss in enumerate(tracked, start=1)}
             line = {
                 "iteration": iteration,
-                "losses": {name: _hex(loss) for name, loss in loss_dict.items()},
+                "losses": losses,
                 "grad_norm": None if grad_norm is None else _hex(grad_norm),
             }
             with open(os.environ["EXACT_LOG"], "a") as log:

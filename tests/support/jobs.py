@@ -79,7 +79,6 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
-    "MTP": ({"mtp_num_layers": 1}, ["--mtp-num-layers 1"]),
     "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "heterogeneous": (HETEROGENEOUS_FLAGS, ["--heterogeneous-layers-config-path"]),

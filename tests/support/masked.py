@@ -23,6 +23,7 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
     """
     import torch
     from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
     from megatron.training import get_args
 
     pruned = {}
@@ -32,18 +33,30 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
             layer["layer_number"]: sorted(set(range(layer["experts_before"])) - set(layer["kept"]))
             for layer in expert_map["layers"]
         }
-    gating = TopKRouter.gating
+    gating, init_mtp = TopKRouter.gating, MultiTokenPredictionLayer.__init__
+
+    def init_numbered_mtp(self, *more, mtp_layer_pattern=None, **named) -> None:
+        """Its routers learn what comes before the layers that they count from 1 again."""
+        init_mtp(self, *more, mtp_layer_pattern=mtp_layer_pattern, **named)
+        modules_before = 0 if mtp_layer_pattern is None else self.layer_number - 1
+        for module in self.modules():
+            if isinstance(module, TopKRouter):
+                module.layers_before = self.config.num_layers + modules_before * len(
+                    mtp_layer_pattern or ""
+                )
 
     def masked_gating(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = gating(self, tokens)
         mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
         done = get_args().curr_iteration
-        mask[pruned[max(i for i in pruned if i <= done)][self.layer_number]] = True
+        number = getattr(self, "layers_before", 0) + self.layer_number
+        mask[pruned[max(i for i in pruned if i <= done)][number]] = True
         return logits.masked_fill(mask, float("-inf"))
 
     def unmask() -> None:
-        TopKRouter.gating = gating
+        TopKRouter.gating, MultiTokenPredictionLayer.__init__ = gating, init_mtp
 
+    MultiTokenPredictionLayer.__init__ = init_numbered_mtp
     TopKRouter.gating = masked_gating
     return unmask
 
