@@ -47,6 +47,7 @@ SOUND = dict(
     optimizer="adam",
     optimizer_cuda_graph=False,
     perform_rl_step=False,
+    pipeline_model_parallel_size=1,
     profile=False,
     profile_step_end=12,
     profile_step_start=8,
@@ -54,6 +55,7 @@ SOUND = dict(
     save="/checkpoints",
     skip_train=False,
     tp_comm_overlap=False,
+    untie_embeddings_and_output_weights=False,
     use_gloo_process_groups=True,
     use_layer_wise_distributed_optimizer=False,
     use_megatron_fsdp=False,
@@ -72,7 +74,10 @@ GIVEN = {
         {"moe_ncclep_zero_copy": True},
         "--moe-ncclep-static-shape (or -zero-copy)",
     ),
-    "--mtp-num-layers {mtp_num_layers}": ({"mtp_num_layers": 2}, "--mtp-num-layers 2"),
+    "--mtp-num-layers {mtp_num_layers} with pipeline stages and tied embeddings": (
+        {"mtp_num_layers": 2, "pipeline_model_parallel_size": 4},
+        "--mtp-num-layers 2 with pipeline stages and tied embeddings",
+    ),
     "--hybrid-layer-pattern {hybrid_layer_pattern}": (
         {"hybrid_layer_pattern": "*E*E"},
         "--hybrid-layer-pattern *E*E",
@@ -181,11 +186,11 @@ def test_arguments_that_this_megatron_lacks_hit_nothing():
 
 
 def test_a_job_knows_what_its_exit_would_lift():
-    args = Namespace(**(SOUND | {"nccl_ub": True, "no_save_rng": True, "mtp_num_layers": 1}))
+    args = Namespace(**(SOUND | {"nccl_ub": True, "no_save_rng": True, "moe_use_upcycling": True}))
     config = LaepConfig(prune_iteration=10)
     found = refusals.hits_of_pruning(args, config, config.legs())
     assert {hit.row.flag.split()[0]: hit.row.lifted for hit in found} == {
-        "--mtp-num-layers": False,
+        "--moe-use-upcycling": False,
         "--no-save-rng": False,
         "--nccl-ub": True,
     }
