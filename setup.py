@@ -30,7 +30,14 @@ _TRAIN = [
     "tokenizers",  # scripts/prepare_data.py --tokenizer-json
     *_TOOLS,
 ]
-_TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy", "wandb"]
+_TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "scipy",
+    "wandb",
+    "emerging-optimizers>=0.2",  # Muon and Lion
+]
 
 EXTRAS_REQUIRE = {
     "tools": _TOOLS,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
+from megatron_laep.mcore import optimizer_kinds
 from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
@@ -118,11 +119,6 @@ def _check_model_supported(args: Namespace, situation: str) -> None:
             "its checkpoints cannot be read through an expert map; use --use-distributed-optimizer",
         ),
         (
-            args.use_layer_wise_distributed_optimizer,
-            f"--optimizer {args.optimizer} with a distributed optimizer",
-            "its state cannot be read through an expert map; use --optimizer adam",
-        ),
-        (
             args.gtp_weight_remat_size > 1 or args.expert_gtp_weight_remat_size > 1,
             "--tensor-parallel-num-weight-shards (or --expert-tensor-parallel-num-weight-shards)",
             "weights that are split further cannot be read through an expert map; leave it out",
@@ -228,11 +224,7 @@ def _check_job_supported(args: Namespace, config: LaepConfig, legs: Sequence[Leg
             "--optimizer-cuda-graph",
             "a captured graph cannot be rebuilt inside a running job; remove it",
         ),
-        (
-            args.optimizer != "adam",
-            f"--optimizer {args.optimizer}",
-            "its state was never carried through an expert map; use --optimizer adam",
-        ),
+        *optimizer_kinds.unsupported(args),
         (
             args.moe_token_dispatcher_type == "flex" and in_job,
             "--moe-token-dispatcher-type flex",
