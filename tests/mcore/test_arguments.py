@@ -196,7 +196,7 @@ NOT_WHILE_PRUNING = {
     "CUDA graphs": ({"cuda_graph_impl": "local"}, ["--cuda-graph-impl local"]),
     "CUDA graphs, old name": ({"enable_cuda_graph": True}, ["--cuda-graph-impl local"]),
     "CUDA graph of the optimizer": ({"optimizer_cuda_graph": True}, ["--optimizer-cuda-graph"]),
-    "another optimizer": ({"optimizer": "muon"}, ["--optimizer muon", "--optimizer adam"]),
+    "SOAP": ({"optimizer": "soap"}, ["--optimizer soap", "torch_dist", "use --optimizer muon"]),
     "loads that are cut off": (
         {"moe_expert_capacity_factor": 2.0},
         ["--moe-expert-capacity-factor 2.0"],
