@@ -1,9 +1,19 @@
-"""How a value that a person wrote is read and refused: one way for all settings."""
+"""How a value that a person wrote is read and refused: one way for settings, files and tools."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+
+class Refusal(ValueError):
+    """What was asked for, or given, cannot be done: a sentence with where, got, wanted and what to do.
+
+    The launcher shows the sentence without a traceback; any other exception is a defect, and keeps its.
+    """
 
 
 def exact_decimal(number: float) -> Fraction:
@@ -14,20 +24,67 @@ def exact_decimal(number: float) -> Fraction:
     return Fraction(str(number))
 
 
-def whole_number(value: object, what: str, minimum: int) -> int:
+def whole_number(value: object, what: str, minimum: int, most: int = 2**63 - 1) -> int:
     """`value` as a Python integer; numpy's are converted.
 
-    Errors: ValueError that begins with `what`, for anything else (a bool too), or less than
-    `minimum`.
+    Errors: Refusal that begins with `what`, for anything else (a bool too), less than `minimum` or more
+    than `most`, which is what 64 bits hold unless it is given.
     """
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number, shown = minimum - 1, repr(value)
-    else:
-        shown = str(number)
+        raise Refusal(
+            f"{what} must be an integer of at least {minimum}, got {_short(repr(value))}"
+        ) from None
     if number < minimum:
-        raise ValueError(f"{what} must be an integer of at least {minimum}, got {shown}")
+        raise Refusal(f"{what} must be an integer of at least {minimum}, got {number}")
+    if number > most:
+        raise Refusal(f"{what} must be an integer of at most {most:g}, got {_short(str(number))}")
     return number
+
+
+def whole_numbers(values: object, what: str, minimum: int) -> tuple[int, ...]:
+    """Each of a list as `whole_number`; any iterable that is no text and no mapping.
+
+    Errors: Refusal that names the place of the first that is none.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise Refusal(f"{what} must be a list of integers, got {values!r}")
+    return tuple(whole_number(value, f"{what}[{i}]", minimum) for i, value in enumerate(values))
+
+
+def number_within(value: object, what: str, low: float, high: float) -> float:
+    """`value` as a float, both ends included. Errors: Refusal, also for NaN, a bool or a text."""
+    number: Any = value  # what `Real` is for mypy cannot be compared
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= number <= high:
+        raise Refusal(f"{what} must be within {low:g} and {high:g}, got {_short(repr(value))}")
+    return float(value)
+
+
+def named_fields(data: object, names: Iterable[str], what: str) -> Mapping[str, Any]:
+    """`data` if it is a mapping that has at least these fields. Errors: Refusal that names all."""
+    names = tuple(names)
+    if not isinstance(data, Mapping) or any(name not in data for name in names):
+        raise Refusal(f"{what} must be an object with the fields {', '.join(names)}")
+    return data
+
+
+def only_fields(data: object, names: Iterable[str], what: str, remedy: str) -> Mapping[str, Any]:
+    """`data` if it is a mapping of exactly these fields. Errors: Refusal that names those that are
+    unknown or missing."""
+    if not isinstance(data, Mapping):
+        raise Refusal(f"{what} must be a JSON object, got {type(data).__name__}")
+    known = set(names)
+    for kind, wrong in (("unknown", set(data) - known), ("missing", known - set(data))):
+        if wrong:
+            raise Refusal(
+                f"{what} has {kind} fields: {', '.join(sorted(map(str, wrong)))}. {remedy}"
+            )
+    return data
+
+
+def _short(text: str) -> str:
+    """As it is written, cut off where it has hundreds of digits."""
+    return text if len(text) <= 40 else f"{text[:40]}..."

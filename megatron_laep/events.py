@@ -6,12 +6,16 @@ A line is ``key=value`` for an event, written without a barrier. ``on_rank_0`` i
 import contextlib
 import logging
 import os
+import pickle
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
+
+from megatron_laep.checks import Refusal
 
 _T = TypeVar("_T")
 
@@ -81,16 +85,30 @@ def failure_is_logged(**fields: object) -> Iterator[None]:
 def on_rank_0(decide: Callable[[], _T]) -> _T:
     """The value that ``decide`` returns on rank 0, on every rank; it can be pickled. A collective.
 
+    Whatever happens on rank 0 reaches the other ranks, which wait for nothing else.
+
     Raises:
-        ValueError: on all ranks, if ``decide`` raised one.
+        Refusal: on all ranks, if ``decide`` raised one, whose sentence is for the user.
+        RuntimeError: on all ranks, if it raised anything else, with rank 0's traceback in its text; or
+            if the value cannot be pickled. On rank 0 what is no ``Exception`` (an interrupt, an exit)
+            stays what it was.
     """
-    outcome: list = [None, None]
+    outcome: list = [None, None, None]
+    cause: BaseException | None = None
     if is_rank_0():
         try:
-            outcome[0] = decide()
-        except ValueError as error:
-            outcome[1] = str(error)
+            # Here, and not only in the broadcast, where the others would wait for it in vain.
+            outcome[0] = pickle.dumps(decide())
+        except Refusal as error:
+            outcome[1], cause = str(error), error
+        except BaseException as error:
+            outcome[2], cause = traceback.format_exc(), error
     torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]
+    value, refusal, defect = outcome
+    if refusal is not None:
+        raise Refusal(refusal) from cause
+    if defect is not None:
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause
+        raise RuntimeError(f"rank 0 failed, so every rank stops. On rank 0:\n{defect}") from cause
+    return pickle.loads(value)

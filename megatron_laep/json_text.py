@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_laep.checks import Refusal
+
 Refuse = Callable[[str], object]
 
 
@@ -24,14 +26,14 @@ def parse_json(text: str, what: str = "this", parse_constant: Refuse | None = No
     try:
         return json.loads(text, parse_constant=parse_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{what} is not valid JSON, or it was cut off: {error}") from None
+        raise Refusal(f"{what} is not valid JSON, or it was cut off: {error}") from None
     except RecursionError:
-        raise ValueError(f"{what} is nested too deeply to be JSON of ours") from None
+        raise Refusal(f"{what} is nested too deeply to be JSON of ours") from None
     except ValueError as error:
         # Python's own words about an integer that it will not convert; others are parse_constant's.
         if "integer string conversion" not in str(error):
             raise
-        raise ValueError(f"{what} holds a number of thousands of digits") from None
+        raise Refusal(f"{what} holds a number of thousands of digits") from None
 
 
 def read_json(path: Path, what: str = "this", parse_constant: Refuse | None = None) -> object:
@@ -41,7 +43,7 @@ def read_json(path: Path, what: str = "this", parse_constant: Refuse | None = No
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{what} is neither JSON nor a log of loads (loads-*.bin)") from None
+        raise Refusal(f"{what} is neither JSON nor a log of loads (loads-*.bin)") from None
     return parse_json(text, what, parse_constant)
 
 

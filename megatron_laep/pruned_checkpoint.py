@@ -13,6 +13,8 @@ which nothing else of this package works.
 
 from __future__ import annotations
 
+from megatron_laep.checks import Refusal
+
 
 class PrunedCheckpoint:
     """Holds the record of a pruned model, so that only this package can open the checkpoint.
@@ -32,7 +34,7 @@ class PrunedCheckpoint:
         # Megatron checks that the common state is the same on all ranks.
         return type(other) is type(self) and other.record == self.record
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # Python's own way to say so
 
 
 _allowed = False
@@ -45,7 +47,7 @@ def relaunch_with_python_m_megatron_laep(record: dict) -> PrunedCheckpoint:
         ValueError: the process may not open checkpoints of pruned models.
     """
     if not _allowed:
-        raise ValueError(
+        raise Refusal(
             "this checkpoint was pruned by LAEP: its layers have other numbers of experts than "
             "--num-experts says, and only megatron_laep knows which. Start the same command with "
             "'-m megatron_laep' before the script (or call megatron_laep.install() in it)"

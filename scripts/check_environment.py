@@ -1,4 +1,4 @@
-"""Does the Python that runs this file have what an extra of setup.py asks for?
+"""Does the Python that runs this file have what an extra of pyproject.toml asks for?
 
 `scripts/setup_env.sh` runs it to tell a complete environment from a half-installed one, without
 network and without importing anything heavy: it compares installed metadata with the requirements,
@@ -8,8 +8,8 @@ one level into the extras that they name themselves (`megatron-core[training]`).
 """
 
 import argparse
-import runpy
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -46,17 +46,39 @@ def find_gaps(requirement_text: str) -> list[str]:
     return gaps
 
 
+def read_requirements() -> dict[str, list[str]]:
+    """What pyproject.toml asks for, by extra; "" is the package alone. An extra that names others of
+    the package's own extras has their requirements, too.
+    """
+    # Not at the top: as in find_gaps.
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = {"": project["dependencies"], **project["optional-dependencies"]}
+
+    def resolve(extra: str) -> list[str]:
+        texts = []
+        for text in found[extra]:
+            requirement = Requirement(text)
+            if requirement.name == project["name"]:
+                texts += [inner for other in requirement.extras for inner in resolve(other)]
+            else:
+                texts.append(text)
+        return sorted(set(texts))
+
+    return {extra: resolve(extra) for extra in found}
+
+
 def main() -> int:
-    values = runpy.run_path(str(ROOT / "setup.py"), run_name="megatron_laep_setup_values")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("extra", choices=sorted(values["EXTRAS_REQUIRE"]))
+    parser.add_argument("extra", help="an extra of pyproject.toml, such as train or test")
     extra = parser.parse_args().extra
     try:
-        gaps = [
-            gap
-            for text in values["INSTALL_REQUIRES"] + values["EXTRAS_REQUIRE"][extra]
-            for gap in find_gaps(text)
-        ]
+        requirements = read_requirements()
+        if extra not in requirements:
+            parser.error(f"pyproject.toml has no extra {extra!r}: {', '.join(requirements)}")
+        wanted = requirements[""] + requirements[extra]
+        gaps = [gap for text in wanted for gap in find_gaps(text)]
     except ModuleNotFoundError as error:
         gaps = [f"{error.name}: not installed, and nothing can be checked without it"]
     for gap in gaps:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything on a fresh machine, in one command: environment, corpus, a tiny byte-level MoE model
-# trained on two CPU processes, pruned half-way inside the running job, and a summary of the run.
+# trained on two CPU processes, pruned half-way inside the running job, a summary of the run, and a
+# report on it to open in a browser.
 #
 #     scripts/quickstart.sh [--iterations N] [--prune-iteration N] [--run-dir DIR] [--fresh]
 #
@@ -9,7 +10,7 @@
 #     --run-dir DIR         checkpoints, log and JSON go here (runs/quickstart)
 #     --fresh               start over: delete what an earlier start left in the run directory
 #
-# A second start reuses what is there: a finished run is not repeated, its summary is printed again;
+# A second start reuses what is there: a finished run is not repeated, its summary and report are made again;
 # an interrupted one is continued from its last checkpoint. The environment is .venv in the
 # repository, or an environment of your own named by MEGATRON_LAEP_VENV; $PYTHON names the Python to
 # make .venv with.
@@ -120,7 +121,7 @@ train() {
     touch "$run_dir/quickstart.finished"
 }
 
-setup_env train
+setup_env quickstart
 claim_run_dir
 if [ -e "$run_dir/quickstart.finished" ]; then
     say "training: $run_dir holds the finished run, it is not repeated (--fresh starts over)"
@@ -129,4 +130,6 @@ else
     train
 fi
 say "summary of $run_dir"
-"$VENV_PYTHON" "$REPOSITORY/scripts/summarize_run.py" "$run_dir"
+"$VENV_PYTHON" -m megatron_laep.tools summary "$run_dir"
+say "report"
+"$VENV_PYTHON" -m megatron_laep.tools report "$run_dir"

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# The environment of scripts/quickstart.sh and scripts/test.sh. To be sourced, not run:
+# The environment of scripts/quickstart.sh, scripts/test.sh and scripts/lint.sh. To be sourced, not run:
 #
 #     source scripts/setup_env.sh
-#     setup_env train            # or: setup_env test; sets VENV_PYTHON
+#     setup_env quickstart       # or: setup_env test, setup_env dev; sets VENV_PYTHON
 #
 # The environment is .venv in the repository: made when it is not there, reused when it is complete,
 # made anew when its Python does not run. To use an environment of your own instead, set
@@ -82,14 +82,35 @@ or say where it is: PYTHON=/path/to/python3.12 $0"
 
 # The stamp says that pip came to its end, for these requirements and in this place (scripts inside
 # an environment name its directory, so a moved one is installed again). Whether an extra is there
-# is not its business but check_environment.py's: after `test`, `train` needs no installation.
+# is not its business but check_environment.py's: after `test`, `quickstart` needs no installation.
 environment_stamp() {
     "$1" - "$REPOSITORY" <<'PYTHON_CODE'
-import hashlib, pathlib, sys
+import hashlib, json, pathlib, sys, tomllib
 repository = sys.argv[1]
-setup = pathlib.Path(repository, "setup.py").read_bytes()
-print(hashlib.sha256(setup + repository.encode()).hexdigest())
+declared = tomllib.loads(pathlib.Path(repository, "pyproject.toml").read_text())["project"]
+print(hashlib.sha256(json.dumps([declared, repository]).encode()).hexdigest())
 PYTHON_CODE
+}
+
+# install LOG COMMAND...: runs pip. All that it says goes to LOG; what takes long is a line here, and
+# where it fails, its last lines are.
+install() {
+    local log=$1 start=$SECONDS
+    shift
+    if ! "$@" </dev/null 2>&1 | tee "$log" | awk '
+        /^ *(Downloading|Using cached) .*\([0-9.]+ [kMG]B\)/ {
+            size = $0; sub(/.*\(/, "", size); sub(/\).*/, "", size)
+            name = $0; sub(/^ *(Downloading|Using cached) /, "", name); sub(/.*\//, "", name); sub(/-[0-9].*/, "", name)
+            split(size, part, " ")
+            if (part[2] == "GB" || (part[2] == "MB" && part[1] >= 50)) {
+                print "   " ($0 ~ /Using cached/ ? "have " : "downloading ") name ", " size; fflush()
+            }
+        }
+        /^Installing collected packages:/ { print "   installing " NF - 3 " packages"; fflush() }'; then
+        tail -n 20 "$log" >&2
+        return 1
+    fi
+    echo "   done in $((SECONDS - start)) s"
 }
 
 use_own_environment() {
@@ -110,7 +131,7 @@ MEGATRON_LAEP_VENV to have .venv made."
     say "environment: $MEGATRON_LAEP_VENV (MEGATRON_LAEP_VENV)"
 }
 
-# setup_env train|test: makes or reuses the environment and sets VENV_PYTHON.
+# setup_env EXTRA (of pyproject.toml): makes or reuses the environment and sets VENV_PYTHON.
 setup_env() {
     local extra=$1 venv=$REPOSITORY/.venv stamp_file stamp
     if [ -n "${MEGATRON_LAEP_VENV:-}" ]; then
@@ -134,12 +155,14 @@ setup_env() {
         say "environment: $venv is complete, reused"
         return
     fi
-    say "environment: installing megatron-laep[$extra] into $venv (torch is several GB)"
+    say "environment: installing PyTorch, Megatron-Core and what else [$extra] needs into $venv"
+    echo "   some 6 GB, minutes; pip's own words go to $venv/pip.log"
     rm -f "$stamp_file"
     # --use-pep517: an old pip would otherwise run setup.py itself once setuptools is installed.
-    "$VENV_PYTHON" -m pip install --use-pep517 --editable "${REPOSITORY}[$extra]" </dev/null ||
-        fail "pip could not install megatron-laep[$extra]: see its last lines above. A second" \
-            "start goes on from here; delete $venv to start over."
+    install "$venv/pip.log" "$VENV_PYTHON" -m pip install --progress-bar off --use-pep517 \
+        --editable "${REPOSITORY}[$extra]" ||
+        fail "pip could not install megatron-laep[$extra]: see its last lines above, and" \
+            "$venv/pip.log. A second start goes on from here; delete $venv to start over."
     "$VENV_PYTHON" "$REPOSITORY/scripts/check_environment.py" "$extra" ||
         fail "pip reported success, yet the lines above are missing: delete $venv and start again"
     echo "$stamp" >"$stamp_file"

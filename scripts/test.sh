@@ -14,6 +14,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env test
 say "tests"
-# From the repository, so that pytest.ini holds; paths in the arguments are relative to it.
+# From the repository, so that pyproject.toml holds; paths in the arguments are relative to it.
 cd "$REPOSITORY"
 exec "$VENV_PYTHON" -m pytest "$@" </dev/null

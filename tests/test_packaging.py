@@ -1,4 +1,4 @@
-"""What is installed, declared and shipped: setup.py, scripts, configs, licence.
+"""What is installed, declared and shipped: pyproject.toml, scripts, configs, licence.
 
 Nothing here trains. The one expensive step, building Megatron's argument parser, runs in a process
 of its own, because importing Megatron leaves traces that other tests must not inherit.
@@ -11,8 +11,10 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -32,8 +34,12 @@ PURE = tuple(
 )
 
 
-def setup_values() -> dict:
-    return runpy.run_path(str(ROOT / "setup.py"), run_name="values_only")
+@functools.cache
+def requirements() -> dict[str, list[str]]:
+    """What each extra of pyproject.toml asks for, as scripts/check_environment.py reads it; "" is the
+    package alone."""
+    script = runpy.run_path(str(ROOT / "scripts" / "check_environment.py"))
+    return script["read_requirements"]()
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -57,7 +63,7 @@ def third_party_imports(path: Path, top_level_only: bool) -> set[str]:
         elif top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         pending.extend(ast.iter_child_nodes(node))
-    ours = {"megatron_laep"} | {p.stem for p in (ROOT / "tests").glob("*.py")}
+    ours = {"megatron_laep"} | {p.stem for f in ("tests", "scripts") for p in (ROOT / f).glob("*")}
     return found - set(sys.stdlib_module_names) - ours
 
 
@@ -69,11 +75,11 @@ def distributions_of(modules: set[str]) -> set[str]:
     return {known[module][0].lower().replace("_", "-") for module in modules}
 
 
-def test_install_requires_is_what_the_pure_core_imports_at_top_level():
+def test_dependencies_are_what_the_pure_core_imports_at_top_level():
     modules = set()
     for name in PURE:
         modules |= third_party_imports(PACKAGE / f"{name}.py", top_level_only=True)
-    assert distributions_of(modules) == names(setup_values()["INSTALL_REQUIRES"])
+    assert distributions_of(modules) == names(requirements()[""])
 
 
 @pytest.mark.parametrize(
@@ -81,10 +87,9 @@ def test_install_requires_is_what_the_pure_core_imports_at_top_level():
     [("megatron_laep", "train report"), ("scripts", "train"), ("tests", "test")],
 )
 def test_every_import_of_a_folder_is_declared(folder, extras):
-    values = setup_values()
-    declared = names(values["INSTALL_REQUIRES"])
+    declared = names(requirements()[""])
     for extra in extras.split():
-        declared |= names(values["EXTRAS_REQUIRE"][extra])
+        declared |= names(requirements()[extra])
     # Come with torch, Megatron-Core and setuptools' users; and what only a GPU image has.
     declared |= {"packaging", "setuptools", "transformer-engine", "apex"}
     modules = set()
@@ -95,35 +100,69 @@ def test_every_import_of_a_folder_is_declared(folder, extras):
 
 
 def test_no_requirement_names_what_only_the_gpu_image_may_bring():
-    values = setup_values()
-    lists = [values["INSTALL_REQUIRES"], *values["EXTRAS_REQUIRE"].values()]
-    assert not set().union(*map(names, lists)) & {"apex", "transformer-engine", "megatron-lm"}
-    assert not names(values["INSTALL_REQUIRES"]) & {"torch", "megatron-core"}
+    declared = set().union(*map(names, requirements().values()))
+    assert not declared & {"apex", "transformer-engine", "megatron-lm"}
+    assert not names(requirements()[""]) & {"torch", "megatron-core"}
 
 
-def test_extra_test_contains_extra_train():
-    extras = setup_values()["EXTRAS_REQUIRE"]
-    assert set(extras["train"]) < set(extras["test"])
+def test_each_extra_contains_those_that_it_names():
+    train, test, dev = (set(requirements()[extra]) for extra in ("train", "test", "dev"))
+    assert {"PyYAML", "psutil"} < train < test < dev
+    assert names(sorted(dev - test)) == {"build", "mypy", "ruff"}
+    # Resolved: nothing asks an index for the package itself.
+    assert "megatron-laep" not in names(sorted(dev))
 
 
 def test_supported_megatron_is_0_19():
     (requirement,) = [
-        Requirement(text)
-        for text in setup_values()["EXTRAS_REQUIRE"]["train"]
-        if text.startswith("megatron-core")
+        Requirement(text) for text in requirements()["train"] if text.startswith("megatron-core")
     ]
     assert requirement.extras == {"training"}
     accepted = [v for v in ("0.18.5", "0.19.0", "0.19.2", "0.20.0") if v in requirement.specifier]
     assert accepted == ["0.19.0", "0.19.2"]
 
 
-def test_version_has_one_source():
-    version = setup_values()["read_version"]()
-    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    assert version not in (ROOT / "setup.py").read_text(encoding="utf-8")
+def test_a_wheel_holds_what_the_package_needs(tmp_path):
+    code = (
+        "import sys, setuptools.build_meta as backend\nprint(backend.build_wheel(sys.argv[1], {}))"
+    )
+    tree = tmp_path / "tree"
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "megatron_laep"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            tree.mkdir(exist_ok=True)
+            shutil.copy(source, tree / name)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=tree,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(tmp_path / result.stdout.splitlines()[-1]) as wheel:
+        packed = {name for name in wheel.namelist() if name.startswith("megatron_laep/")}
+        (metadata,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+        (entry_points,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
+        headers = wheel.read(metadata).decode()
+        assert b"laep = megatron_laep.tools.__main__:main" in wheel.read(entry_points)
+    in_tree = {
+        str(path.relative_to(ROOT))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "megatron_laep/py.typed" in packed
+    assert packed == in_tree
     import megatron_laep
 
-    assert megatron_laep.__version__ == version
+    # The version stands in one place, the package, and is read without importing it.
+    assert re.fullmatch(r"\d+\.\d+\.\d+", megatron_laep.__version__)
+    assert f"\nVersion: {megatron_laep.__version__}\n" in headers
+    assert "\nRequires-Python: >=3.12\n" in headers
 
 
 def test_import_of_the_package_loads_neither_torch_nor_megatron():
@@ -158,7 +197,7 @@ def read_flags(path: Path) -> list[str]:
 PARSE = """
 import argparse, json, sys
 from megatron.training.arguments import add_megatron_arguments
-from megatron_laep.settings.config import add_arguments
+from megatron_laep.settings.flags import add_arguments
 parser = argparse.ArgumentParser(allow_abbrev=False)
 add_megatron_arguments(parser)
 add_arguments(parser)
@@ -282,6 +321,39 @@ def test_an_environment_of_ones_own_is_used_as_it_is():
         f"{sys.prefix}/bin/python",
         str(PACKAGE / "__init__.py"),
     ]
+
+
+PIP = """
+Collecting torch>=2.6
+  Downloading torch-2.14.1-cp312-cp312-manylinux_2_28_x86_64.whl (915.2 MB)
+Collecting numpy
+  Using cached numpy-2.3.5-cp312-cp312-manylinux_2_27_x86_64.whl.metadata (62 kB)
+  Using cached https://index/nvidia_cublas-13.1.0.3-py3-none-any.whl (1.2 GB)
+  Downloading tqdm-4.67.1-py3-none-any.whl (78 kB)
+Installing collected packages: tqdm, numpy, torch
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_installer_shows_what_takes_long_and_keeps_the_rest(tmp_path, code):
+    pip = write_executable(
+        tmp_path / "pip", f"#!/bin/sh\ncat <<'EOF'\n{PIP}EOF\necho no space left >&2\nexit {code}\n"
+    )
+    log = tmp_path / "pip.log"
+    result = source_setup_env(f"install {log} {pip} install || fail 'see {log}'")
+    shown = result.stdout.splitlines()
+    assert shown[:3] == [
+        "   downloading torch, 915.2 MB",
+        "   have nvidia_cublas, 1.2 GB",
+        "   installing 3 packages",
+    ]
+    assert log.read_text(encoding="utf-8") == PIP + "no space left\n"
+    if code == 0:
+        assert (result.returncode, result.stderr, len(shown)) == (0, "", 4)
+        assert re.fullmatch(r"   done in \d+ s", shown[3])
+    else:
+        assert (result.returncode, len(shown)) == (1, 3)
+        assert result.stderr.splitlines()[-2:] == ["no space left", f"ERROR: see {log}"]
 
 
 def test_gaps_in_an_environment_of_ones_own_are_listed_and_nothing_is_installed(tmp_path):

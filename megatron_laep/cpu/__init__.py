@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 
+from megatron_laep.checks import Refusal
+
 ENVIRONMENT_VARIABLE = "MEGATRON_LAEP_PLATFORM"
 """Environment variable: ``cpu``, ``cpu-force`` (also beside a visible GPU), ``gpu`` or not set."""
 
@@ -35,7 +37,7 @@ def _platform() -> str:
     """The platform the environment asks for; ValueError for a name that does not exist."""
     platform = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if platform not in _PLATFORMS:
-        raise ValueError(
+        raise Refusal(
             f"environment variable {ENVIRONMENT_VARIABLE}: got {platform!r}, wanted one of "
             f"{', '.join(_PLATFORMS[1:])}: correct it or unset it"
         )

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_laep.checks import Refusal
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam (L2) or AdamW (decoupled weight decay), after TransformerEngine's ``FusedAdam``.
@@ -53,13 +55,13 @@ class FusedAdam(torch.optim.Optimizer):
         **unsupported: Any,
     ) -> None:
         if capturable:
-            raise ValueError(
+            raise Refusal(
                 "FusedAdam on the CPU: got capturable=True, and there are no CUDA graphs to "
                 "capture: "
                 "remove --optimizer-cuda-graph"
             )
         if unsupported:
-            raise ValueError(
+            raise Refusal(
                 f"FusedAdam on the CPU: got {', '.join(sorted(unsupported))}, which only "
                 "TransformerEngine's kernel "
                 "has: remove --use-precision-aware-optimizer"
@@ -105,7 +107,7 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param)
         averages = [self.state[param]["exp_avg"] for param in params]
         squares = [self.state[param]["exp_avg_sq"] for param in params]
-        grads = [param.grad for param in params]
+        grads: list[torch.Tensor] | tuple[torch.Tensor, ...] = [param.grad for param in params]
 
         beta1, beta2 = group["betas"]
         lr, weight_decay, step = group["lr"], group["weight_decay"], group["step"]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_laep.checks import Refusal
+
 _NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 
 
@@ -27,7 +29,7 @@ def build_norm(normalization: str, hidden_size: int, eps: float) -> torch.nn.Mod
         ValueError: another normalization.
     """
     if normalization not in _NORMS:
-        raise ValueError(
+        raise Refusal(
             f"CPU platform, norm under --sequence-parallel: got --normalization {normalization}, "
             "wanted one of "
             f"{', '.join(_NORMS)}"
@@ -57,7 +59,7 @@ def install() -> None:
             return original_new(cls, config, hidden_size, eps, *args, **kwargs)
         for option in ("layernorm_zero_centered_gamma", "persist_layer_norm"):
             if getattr(config, option):
-                raise ValueError(
+                raise Refusal(
                     f"CPU platform, norm under --sequence-parallel: got {option}=True, which "
                     "torch's norms do not "
                     "have: switch it off"

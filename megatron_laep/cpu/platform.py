@@ -22,9 +22,15 @@ from typing import Any
 
 import torch
 
+from megatron_laep.checks import Refusal
+
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+
+# What is replaced here has types of its own, which the replacements do not keep to.
+_TENSOR: Any = torch.Tensor
+_MODULE: Any = torch.nn.Module
 
 COMPUTE_CAPABILITY = (8, 0)
 """What the CPU answers when asked for its CUDA generation: enough for `--moe-grouped-gemm`, and old
@@ -45,7 +51,7 @@ def check_process(force: bool) -> None:
         name for name in sys.modules if name == "megatron" or name.startswith("megatron.")
     )
     if imported:
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): {imported[0]} is already imported, and the CPU platform "
             "has to be there "
             "before Megatron: call enable() first, or start the script through `python -m "
@@ -53,7 +59,7 @@ def check_process(force: bool) -> None:
             "MEGATRON_LAEP_PLATFORM=cpu"
         )
     if torch.cuda.is_available() and not force:
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): {torch.cuda.device_count()} GPU(s) are visible, wanted "
             "none, because the "
             "CPU platform would leave them unused: unset MEGATRON_LAEP_PLATFORM to train on them, "
@@ -126,7 +132,7 @@ def _patch_devices() -> None:
     ):
         setattr(torch.Tensor, name, _with_device_keyword(getattr(torch.Tensor, name)))
 
-    tensor_to = torch.Tensor.to
+    tensor_to = _TENSOR.to
 
     @functools.wraps(tensor_to)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -136,9 +142,9 @@ def _patch_devices() -> None:
             kwargs["device"] = _on_cpu(kwargs["device"])
         return tensor_to(self, *args, **kwargs)
 
-    torch.Tensor.to = to
+    _TENSOR.to = to
 
-    torch_load = torch.load
+    torch_load: Any = torch.load
 
     @functools.wraps(torch_load)
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +172,7 @@ def _same_object(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _patch_tensors() -> None:
-    tensor_type = torch.Tensor.type
+    tensor_type = _TENSOR.type
 
     @functools.wraps(tensor_type)
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -178,16 +184,16 @@ def _patch_tensors() -> None:
 
     # The optimizers sort parameters by this string: 'torch.cuda.FloatTensor', HalfTensor,
     # BFloat16Tensor.
-    torch.Tensor.type = type_
+    _TENSOR.type = type_
     # The MoE token dispatcher turns split sizes into Python integers only if they come from a GPU.
-    torch.Tensor.is_cuda = property(lambda self: self.device.type == "cpu")
+    _TENSOR.is_cuda = property(lambda self: self.device.type == "cpu")
     # Batches, and the model before it is wrapped.
-    torch.Tensor.cuda = _same_object
-    torch.nn.Module.cuda = _same_object
+    _TENSOR.cuda = _same_object
+    _MODULE.cuda = _same_object
     # The token dispatcher and the pipeline's asynchronous transfers.
-    torch.Tensor.record_stream = lambda self, stream: None
+    _TENSOR.record_stream = lambda self, stream: None
     # Offloaded parameters, data loaders.
-    torch.Tensor.pin_memory = _same_object
+    _TENSOR.pin_memory = _same_object
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +257,7 @@ def _zero(*args: Any, **kwargs: Any) -> int:
 
 
 def _patch_cuda() -> None:
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     stream = _Stream()
     generator = torch.default_generator
 
@@ -334,13 +340,12 @@ def _patch_accelerator() -> None:
     Needed by: every ``torch.optim`` step, which would otherwise ask the GPU's current stream
     whether it is captured; data loaders, which would pin memory; `torch.distributed.checkpoint`.
     """
-    torch.accelerator.is_available = lambda: False
-    torch.accelerator.current_accelerator = lambda check_available=False: None
-    torch.accelerator.device_count = lambda: 0
+    accelerator: Any = torch.accelerator
+    accelerator.is_available = lambda: False
+    accelerator.current_accelerator = lambda check_available=False: None
+    accelerator.device_count = lambda: 0
     # For callers that ask without looking for an accelerator first.
-    torch.accelerator.current_stream = lambda device=None: SimpleNamespace(
-        is_capturing=lambda: False
-    )
+    accelerator.current_stream = lambda device=None: SimpleNamespace(is_capturing=lambda: False)
 
 
 class _AllDone:
@@ -437,7 +442,7 @@ def patch_megatron() -> None:
     try:
         import psutil  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise Refusal(
             "megatron_laep.cpu.enable(): psutil is not installed, and Megatron needs it to save "
             "torch_dist "
             "checkpoints: pip install psutil"
@@ -448,7 +453,7 @@ def patch_megatron() -> None:
         import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
         import megatron.core.tensor_parallel.random as tracker
     except ImportError as error:
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): Megatron-Core cannot be imported ({error}): "
             "pip install 'megatron-core>=0.19,<0.20'"
         ) from error
@@ -475,7 +480,7 @@ def patch_megatron() -> None:
 def _replace(module: Any, name: str, value: Any) -> None:
     """Set ``module.name``, which must exist: a symbol that has moved must not go unnoticed."""
     if not hasattr(module, name):
-        raise ValueError(
+        raise Refusal(
             f"megatron_laep.cpu.enable(): {module.__name__} has no {name!r}, which Megatron-Core "
             "0.19 has: "
             "install megatron-core>=0.19,<0.20"

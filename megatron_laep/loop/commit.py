@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_laep import events
+from megatron_laep.checks import Refusal
 from megatron_laep.events import on_rank_0
 from megatron_laep.loop.job import Running
 from megatron_laep.mcore import checkpoint, model_size
@@ -21,6 +22,7 @@ from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.summary import summarize
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records.pruning_files import write_pruning
+from megatron_laep.records.pruning_loads import PruningLoads
 from megatron_laep.settings.rules import PruningRules
 
 
@@ -69,7 +71,7 @@ def commit(
         # Synchronous: nobody would be left to complete an asynchronous save.
         with checkpoint.overridden(args, async_save=False):
             save()
-        raise ValueError(
+        raise Refusal(
             f"{error}. Iteration {iteration} is saved in {args.save} as it was before this "
             f"pruning: go on with a later iteration in the place of {iteration}, or without it"
         ) from error
@@ -104,7 +106,7 @@ def agree_on_plan(
             on_rank_0(lambda: _decide(window, iteration, layout, rules, plan).to_json())
         )
     except ValueError as error:
-        raise ValueError(f"pruning at iteration {iteration}: {error}") from None
+        raise Refusal(f"pruning at iteration {iteration}: {error}") from None
 
 
 def _decide(
@@ -140,16 +142,16 @@ def _report(
     """Prints the table and writes it beside the checkpoint, for people and tools. A collective."""
     size = model_size.measure(model, find_layers(model), expert_map, args)
     blocks_before = running.experts_per_rank(args)
-    stages = running.stats.stages
     summary = summarize(
         expert_map,
         size,
         pipeline_parallel_size=args.pipeline_model_parallel_size,
-        stages=stages,
+        stages=running.layout.stages,
         blocks_before=blocks_before,
     )
-    events.log_text(summary.format_table())
+    events.log_text(summary.format_table(running.layout.num_groups))
     if events.is_rank_0():
         # For the job they are in the checkpoint.
         with events.failure_is_logged(iteration=expert_map.iteration):
-            write_pruning(running.folder, expert_map, summary, window, stages, blocks_before)
+            loads = PruningLoads.of(window, running.layout, blocks_before)
+            write_pruning(running.folder, expert_map, summary, loads)

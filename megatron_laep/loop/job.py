@@ -7,6 +7,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from megatron_laep.loop.start import Start
 from megatron_laep.loop.trigger import Trigger
 from megatron_laep.mcore import arguments
 from megatron_laep.mcore.checkpoint import APPLIED, PENDING, Record
+from megatron_laep.mcore.described_model import model_layout
 from megatron_laep.mcore.moe_layer import token_counters
 from megatron_laep.plan import make_map
 from megatron_laep.plan.lineage import Lineage
@@ -58,16 +60,14 @@ class Running:
         self.stats = RoutingStats(
             token_counters(model), stage=parallel_state.get_pipeline_model_parallel_rank()
         )
-        self.layout = arguments.model_layout(
-            args, self.config, self.stats.expert_counts, self.stats.stages
-        )
+        self.layout = model_layout(args, self.config, self.stats.expert_counts, self.stats.stages)
         if self.plan is not None:
             # Only now it is known which stage holds which layer.
             arguments.check_plan(self.plan, self.layout, self.config)
         elif start.legs:
             make_map.check_counts(self.layout, self.config.rules)
         self._log_start_LE = self.stats.snapshot()
-        self.folder = Path(args.save) / "laep" if args.save else None
+        self._folder = Path(args.save) / "laep" if args.save else None
         self._say_what_is_done(start.legs)
         if start.legs and events.is_rank_0():
             with contextlib.suppress(OSError):  # the training is worth more than its record
@@ -79,10 +79,22 @@ class Running:
         self._recording = self._record_loads(args)
 
     @property
+    def folder(self) -> Path:
+        """Where what is recorded goes; jobs that record or prune have --save."""
+        assert self._folder is not None, "a job without --save has nothing to record"
+        return self._folder
+
+    @property
     def last_window(self) -> OpenWindow:
         """The window that ended last: the one that a pruning is decided on."""
         assert self._trigger is not None, "nothing is to be pruned"
         return self._trigger.last_window
+
+    @property
+    def still_to_come(self) -> tuple[int, ...]:
+        """Iterations of the prunings that have not been committed."""
+        done = 1 if self._pending is not None else 0
+        return tuple(leg.end for leg in self._legs[done:])
 
     def _record_loads(self, args: Namespace) -> Recording | None:
         if self.config.record_interval is None:
@@ -166,7 +178,7 @@ class Running:
         """What a checkpoint of this iteration says, which is about to be written. A collective."""
         if self._pending is not None:
             self.committed = True
-            state = dict(lineage=self._pending, map_state=PENDING)
+            state: dict[str, Any] = dict(lineage=self._pending, map_state=PENDING)
         else:
             ended, window = self._trigger.state(iteration) if self._trigger else ((), None)
             applied = APPLIED if self.lineage.steps else None

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_laep import events
 from megatron_laep.loop.loop_hooks import hooks
 from megatron_laep.loop.session import Rebuild, session
+from megatron_laep.mcore import symbols
 from megatron_laep.mcore.rebuild import tear_down, warn_if_alive
 from megatron_laep.mcore.upstream_bugs import ask_megatron
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
@@ -32,15 +33,17 @@ def install(config: LaepConfig | None = None) -> None:
             are added to Megatron's parser.
 
     Raises:
-        RuntimeError: Megatron lacks a symbol that is hooked, or the hooks are installed already.
-        ValueError: a setting is out of range.
+        RuntimeError: the hooks are installed already.
+        Refusal: Megatron lacks symbols that are needed; a setting is out of range.
     """
+    symbols.check_megatron()
     if config is not None:
         config.validate()
     upstream = ask_megatron()
     session.hooks.apply(hooks() + upstream.hooks(lambda: session.active_start is not None))
     session.upstream = upstream
     session.config = config
+    session.expect(config)
     allow_pruned_checkpoints()
     events.show_on_console()
 
@@ -69,7 +72,11 @@ def run(main: Callable[[], Any]) -> Any:
         while True:
             sys.argv = list(command_line)
             try:
-                return main()
+                result = main()
+            except SystemExit as leaving:
+                if not leaving.code:
+                    say_what_was_not_done()
+                raise
             except Rebuild as rebuild:
                 session.committed_hash = rebuild.expert_map_hash
                 old_model = rebuild.old_model
@@ -77,8 +84,30 @@ def run(main: Callable[[], Any]) -> Any:
                 # The frames of the loop hold the old model and its optimizer.
                 traceback.clear_frames(rebuild.__traceback__)
                 rebuild.__traceback__ = None
+            else:
+                say_what_was_not_done()
+                return result
             with events.timed("tear_down"):
                 tear_down()
             warn_if_alive(old_model)
     finally:
         session.inside_run = False
+
+
+def say_what_was_not_done() -> None:
+    """The last line of a run that was to be pruned, and was not, or not as often: why."""
+    config = session.config or (session.start.config if session.start is not None else None)
+    if config is None or not config.enabled:
+        return
+    running = session.running
+    if running is None:
+        events.warn(
+            f"{config.prune_flag} was asked for, but the script never entered Megatron's training "
+            "loop (megatron.training.pretrain): NOTHING WAS PRUNED."
+        )
+    elif running.still_to_come:
+        events.log(
+            "not_pruned",
+            to_come=" ".join(map(str, running.still_to_come)),
+            reason="the run ended before; the same command goes on from its last checkpoint",
+        )

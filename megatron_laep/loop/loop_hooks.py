@@ -1,4 +1,4 @@
-"""The hooks in Megatron's loop: what is replaced, why, and what it does with the session.
+"""The hooks in Megatron's loop: what is replaced, and what it does with the session.
 
 The loop itself is Megatron's. A run passes by here in this order::
 
@@ -22,81 +22,56 @@ from megatron.training import training as megatron_training
 from megatron.training.async_utils import maybe_finalize_async_save
 
 from megatron_laep import events
+from megatron_laep.checks import Refusal
 from megatron_laep.loop import commit
 from megatron_laep.loop.job import Running
 from megatron_laep.loop.session import Rebuild, session
 from megatron_laep.loop.start import find
+from megatron_laep.mcore import symbols
 from megatron_laep.mcore.checkpoint import ENTRY
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
+from megatron_laep.mcore.quantile_balancing import with_any_experts
 from megatron_laep.mcore.rebuild import release
+from megatron_laep.mcore.token_dropping import note_choice
 from megatron_laep.mcore.upstream_bugs import mend_help
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
-from megatron_laep.settings import config as laep_config
+from megatron_laep.settings import flags
 from megatron_laep.settings.config import LaepConfig
 
 
 def hooks() -> list[Hook]:
-    """What ``install`` replaces in Megatron, in this order."""
+    """What ``install`` replaces in Megatron, in this order; why stands in ``symbol_table``."""
     loop = "megatron.training.training"
     return [
-        Hook(
-            "megatron.training.arguments:add_megatron_arguments",
-            _add_arguments,
-            "show the --laep flags; scripts own their extra_args_provider",
-        ),
-        Hook(
-            "megatron.training.arguments:parse_args",
-            _parse_args,
-            "refuse --laep flags that a YAML file would drop",
-        ),
-        Hook(
-            "megatron.training.arguments:validate_args",
-            _validate_args,
-            "find the checkpoint's map before the groups and the model are built",
-        ),
-        Hook(
-            "megatron.core.models.gpt.moe_module_specs:MoELayer",
-            lambda original: LaepMoELayer,
-            "put the counting layer into every GPT layer spec",
-        ),
+        Hook("megatron.training.arguments:add_megatron_arguments", _add_arguments),
+        Hook("megatron.training.arguments:parse_args", _parse_args),
+        Hook("megatron.training.arguments:validate_args", _validate_args),
+        Hook("megatron.core.models.gpt.moe_module_specs:MoELayer", lambda original: LaepMoELayer),
         Hook(
             "megatron.core.transformer.transformer_block:TransformerBlock._build_layers",
             _build_layers,
-            "give each layer its own experts, whoever made the config",
         ),
-        Hook(f"{loop}:load_checkpoint", _load_checkpoint, "load through the map"),
-        Hook(
-            "megatron.training.checkpointing:generate_state_dict",
-            _generate_state_dict,
-            "put the map into the checkpoint",
-        ),
-        Hook(
-            "megatron.training.checkpointing:_build_sharded_state_dict_metadata",
-            _build_metadata,
-            "write the checkpoint with the map with one key for each layer",
-        ),
-        Hook(
-            f"{loop}:setup_model_and_optimizer",
-            _setup_model_and_optimizer,
-            "agree on the map before the model is built, and start counting after",
-        ),
-        Hook(f"{loop}:training_log", _training_log, "log the loads at the log interval"),
-        Hook(
-            f"{loop}:report_theoretical_memory",
-            _report_theoretical_memory,
-            "not print a memory estimate that is wrong for uneven layers",
-        ),
-        Hook(
-            f"{loop}:checkpoint_and_decide_exit",
-            _checkpoint_and_decide_exit,
-            "act at the end of an iteration, where Megatron saves",
-        ),
+        Hook(f"{loop}:load_checkpoint", _load_checkpoint),
+        Hook("megatron.training.checkpointing:generate_state_dict", _generate_state_dict),
+        Hook("megatron.training.checkpointing:_build_sharded_state_dict_metadata", _build_metadata),
+        Hook(f"{loop}:setup_model_and_optimizer", _setup_model_and_optimizer),
+        Hook(f"{loop}:training_log", _training_log),
+        Hook(f"{loop}:report_theoretical_memory", _report_theoretical_memory),
+        Hook(f"{loop}:checkpoint_and_decide_exit", _checkpoint_and_decide_exit),
         Hook(
             "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
             _update_router_expert_bias,
-            "update expert biases of layers with different expert counts",
         ),
+        Hook(
+            "megatron.core.distributed.finalize_model_grads:_update_router_qb_beta",
+            _update_router_qb_beta,
+        ),
+        Hook(
+            "megatron.core.transformer.moe.router:qb_dual_update",
+            lambda original: with_any_experts(original, _pruned),
+        ),
+        Hook("megatron.core.transformer.moe.router:apply_router_token_dropping", note_choice),
     ]
 
 
@@ -104,7 +79,7 @@ def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
         mend_help(parser, session.upstream)
-        return laep_config.add_arguments(parser)
+        return flags.add_arguments(parser)
 
     return add_megatron_arguments
 
@@ -113,13 +88,17 @@ def _parse_args(original):
     def parse_args(*more, **named):
         args = original(*more, **named)
         given = [word for word in sys.argv[1:] if word.startswith("--laep-")]
-        if args.yaml_cfg is not None and (given or session.config is not None):
-            raise ValueError(
-                f"--yaml-cfg {args.yaml_cfg} replaces the command line, and with it "
+        yaml = symbols.argument(args, "yaml_cfg")
+        if yaml is not None and (given or session.config is not None):
+            raise Refusal(
+                f"--yaml-cfg {yaml} replaces the command line, and with it "
                 f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
             )
+        if yaml is None:
+            # From here on it is known what was asked for, and not yet whether the loop is Megatron's.
+            session.expect(session.config or LaepConfig.from_arguments(args))
         # A YAML job does not pass by validate_args, so it could not follow a pruned checkpoint's map.
-        allow_pruned_checkpoints(args.yaml_cfg is None)
+        allow_pruned_checkpoints(yaml is None)
         return args
 
     return parse_args
@@ -127,6 +106,7 @@ def _parse_args(original):
 
 def _validate_args(original):
     def validate_args(args: Namespace, *more, **named):
+        symbols.check_parsed(args)
         if session.config is not None:
             vars(args).update(session.config.to_arguments())
         start = find(
@@ -137,6 +117,7 @@ def _validate_args(original):
         )
         vars(args).update(start.changes)
         result = original(args, *more, **named)
+        symbols.check_validated(args)
         start = start.checked(args)
         if start.active:
             session.upstream.check(args, prunes=bool(start.legs))
@@ -195,7 +176,7 @@ def _build_metadata(original):
 def _setup_model_and_optimizer(original):
     def setup_model_and_optimizer(*more, **named):
         if session.start is None and session.config is not None and session.config.enabled:
-            raise ValueError(
+            raise Refusal(
                 "megatron_laep.install(config) asks for a pruning, but the script has not called "
                 "megatron.training.arguments.parse_and_validate_args, where LAEP finds its "
                 "checkpoint; parse the arguments with it"
@@ -208,13 +189,12 @@ def _setup_model_and_optimizer(original):
         with events.timed("build", experts=start.expert_total(), map_state=state):
             result = original(*more, **named)
         if start.pending and not session.loaded:
-            raise ValueError(
+            raise Refusal(
                 f"{start.source}: the model was built for the pending map "
                 f"{start.lineage.steps[-1].short_hash}, but no checkpoint was loaded through it; "
                 "give --load"
             )
-        session.running = Running(start, result[0], get_args())
-        session.committed_hash = None
+        session.run(Running(start, result[0], get_args()))
         return result
 
     return setup_model_and_optimizer
@@ -316,18 +296,30 @@ def _checkpoint_and_decide_exit(original):
 
 
 def _update_router_expert_bias(original):
-    def update_router_expert_bias(model, *more, **named):
+    return _by_length(original, "expert_bias")
+
+
+def _update_router_qb_beta(original):
+    return _by_length(original, "qb_beta")
+
+
+def _by_length(original, vector: str):
+    """Of an update of one vector per layer: Megatron stacks those of all layers.
+
+    That needs one length. So layers of one length at a time, in the order of first appearance, the same
+    on all ranks of a stage. Each call gets a stand-in for a model chunk: all that the function asks of
+    one is modules().
+    """
+
+    def update(model, *more, **named):
         if not _pruned():
             return original(model, *more, **named)
-        # Megatron stacks the vectors of all layers, which needs one length. Layers of one length
-        # at a time, in the order of first appearance, the same on all ranks of a stage. Each call
-        # gets a stand-in for a model chunk: all that the function asks of one is modules().
         routers: dict[int, list[torch.nn.Module]] = {}
         for chunk in model:
             for module in chunk.modules():
-                if getattr(module, "expert_bias", None) is not None:
-                    routers.setdefault(module.expert_bias.numel(), []).append(module)
+                if getattr(module, vector, None) is not None:
+                    routers.setdefault(getattr(module, vector).numel(), []).append(module)
         for same_length in routers.values():
             original([SimpleNamespace(modules=lambda found=same_length: found)], *more, **named)
 
-    return update_router_expert_bias
+    return update

@@ -14,6 +14,7 @@ from megatron_laep.loop.job import Running
 from megatron_laep.loop.start import Start
 from megatron_laep.mcore.checkpoint import APPLIED, Record
 from megatron_laep.mcore.hooks import HookSet
+from megatron_laep.mcore.moe_layer import refuse_training
 from megatron_laep.mcore.upstream_bugs import Findings
 from megatron_laep.settings.config import LaepConfig
 
@@ -81,6 +82,27 @@ class Session:
     def begin(self, start: Start | None) -> None:
         """Forgets the run before; its model can be collected then."""
         self.start, self.loaded, self.running = start, False, None
+        self.expect(start.config if start is not None else self.config)
+
+    def expect(self, config: LaepConfig | None) -> None:
+        """Refuses to train until there is a ``running``, if the settings ask for what takes one."""
+        asked = None
+        if config is not None and config.enabled:
+            asked = config.prune_flag
+        elif config is not None and config.record_interval is not None:
+            asked = f"--laep-record-interval {config.record_interval}"
+        refuse_training(
+            asked
+            and f"{asked} was asked for, but this model is trained by a loop that megatron_laep does not "
+            "know: megatron.training.pretrain was not called, so nothing would be counted or pruned. "
+            "Train with a script that calls megatron.training.pretrain, or take the --laep flags (and "
+            "the settings of megatron_laep.install) away"
+        )
+
+    def run(self, running: Running) -> None:
+        """From here on the loop is known to pass by."""
+        self.running, self.committed_hash = running, None
+        refuse_training(None)
 
 
 session = Session()

@@ -17,8 +17,9 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_laep import events
+from megatron_laep.checks import Refusal
 from megatron_laep.loop import resumption
-from megatron_laep.mcore import arguments, checkpoint
+from megatron_laep.mcore import arguments, checkpoint, symbols
 from megatron_laep.mcore.checkpoint import PENDING, Record
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.plan.expert_map import ExpertMap
@@ -100,7 +101,7 @@ class Start:
             start = dataclasses.replace(self, legs=legs, plan=plan)
         if self.config.record_interval is not None:
             arguments.check_recording(args, self.config)
-        if self.expert_map is not None:
+        if self.record is not None and self.expert_map is not None:
             arguments.check_model(self.record, args, self.source)
         return start
 
@@ -116,7 +117,7 @@ class Start:
         torch.distributed.all_gather_object(found, mine)
         if len(set(found)) > 1:
             differing = next(rank for rank, other in enumerate(found) if other != found[0])
-            raise ValueError(
+            raise Refusal(
                 f"rank 0 found (checkpoint, maps, state) {found[0]}, rank {differing} found "
                 f"{found[differing]}; --load and --save must show the same files on every node"
             )
@@ -139,7 +140,7 @@ class Start:
         if self.record is None or self.expert_map is None:
             return
         if iteration != self.record.iteration:
-            raise ValueError(
+            raise Refusal(
                 f"the model was built for {self.source} at iteration {self.record.iteration}, but "
                 f"Megatron loaded iteration {iteration}; nothing was trained. Was the checkpoint "
                 "folder changed while the job started?"
@@ -164,7 +165,7 @@ def find(
     start = Start(config)
     if config.enabled:
         if not (can_rebuild or config.exit_after_prune):
-            raise ValueError(
+            raise Refusal(
                 "--laep-prune-iteration without --laep-exit-after-prune rebuilds the model inside "
                 "the job: run the training through megatron_laep.run(main), or start the script "
                 "with 'python -m megatron_laep'"
@@ -178,7 +179,7 @@ def find(
         steps = start.lineage.steps
         found = f"map {steps[-1].short_hash}" if steps else "no map"
         state = start.record.map_state if start.record is not None else None
-        raise ValueError(
+        raise Refusal(
             f"{start.source}: found {found} ({state}) where this process has just "
             f"written the pending map {rebuilt_hash[:12]}; does --save {args.save} show the same "
             "files to every node?"
@@ -216,7 +217,7 @@ def _own_run(args: Namespace, config: LaepConfig, rebuilt: bool) -> Start | None
     changes = {
         name: value
         for name, value in wanted.items()
-        if (getattr(args, name) or None) != (value or None)
+        if (symbols.argument(args, name) or None) != (value or None)
     }
     if changes:
         events.log("continue", checkpoint=source, **{f"set_{k}": v for k, v in changes.items()})
@@ -239,7 +240,7 @@ def _loaded_run(args: Namespace, config: LaepConfig) -> Start:
         record = record.starting_over()
     in_another_format = source is not None and record is None
     if in_another_format and config.enabled and not starts_over:
-        raise ValueError(
+        raise Refusal(
             f"{source} is not in --ckpt-format torch_dist, so it cannot say which "
             f"iterations {config.prune_flag} would follow on; convert it first with "
             "--ckpt-convert-format torch_dist and --ckpt-convert-save"

@@ -49,7 +49,7 @@ class Trigger:
         begun: OpenWindow | None = None,
     ) -> None:
         self._stats, self._config, self._leg, self._folder = stats, config, leg, folder
-        start = leg.position(iteration, begun and begun.start)
+        start = leg.position(iteration, begun.start if begun else None)
         usable = leg.continued([(window.start, window.end) for window in ended], start)
         self._ended = ended[len(ended) - usable :]
         self._window = PruningWindow(stats, start, leg.window, begun if start < iteration else None)

@@ -33,12 +33,15 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.training import checkpointing
 from torch.distributed import distributed_c10d
 
+from megatron_laep.checks import Refusal
+from megatron_laep.mcore import symbols
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_state import (
     adapt_common_state,
     complete_common_state,
     complete_loaded_state,
 )
+from megatron_laep.mcore.tracker import tracked_iteration
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.windows import OpenWindow
@@ -115,7 +118,7 @@ class Record:
             return Record(iteration=iteration, is_laep=False)
         record = entry.record if isinstance(entry, PrunedCheckpoint) else entry
         if record["version"] != _RECORD_VERSION:
-            raise ValueError(
+            raise Refusal(
                 f"{where}: its LAEP record has version {record['version']}, this megatron_laep reads "
                 f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
             )
@@ -123,7 +126,7 @@ class Record:
         try:
             lineage = Lineage(tuple(map(ExpertMap.from_json, record["lineage"])))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise Refusal(f"{where}: {error}") from error
         return Record(
             lineage=lineage,
             map_state=record["map_state"],
@@ -148,7 +151,7 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
     if folder is None:
         return None
     candidates: list[tuple[int, str]] = []
-    tracked = _tracked_iteration(folder)
+    tracked = tracked_iteration(folder)
     iteration, release = tracked or (-1, False)
     if args.ckpt_step:
         iteration = args.ckpt_step
@@ -161,7 +164,7 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
         temporary = args.non_persistent_global_ckpt_dir or os.path.join(
             folder, checkpointing._NON_PERSISTENT_CKPT_SUBDIR
         )
-        tracked = _tracked_iteration(temporary)
+        tracked = tracked_iteration(temporary)
         if tracked:
             name = checkpointing.get_checkpoint_name(temporary, tracked[0], return_base_dir=True)
             candidates.append((tracked[0], name))
@@ -169,27 +172,6 @@ def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
         return None
     # The later entry wins a tie: Megatron prefers the non-persistent one.
     return Path(max(reversed(candidates), key=lambda candidate: candidate[0])[1])
-
-
-def _tracked_iteration(folder: str) -> tuple[int, bool] | None:
-    """What a folder's tracker file names: (iteration, is a release); None without the file.
-
-    Megatron's reader leaves the process with exit code 0 at an empty file, which a scheduler takes
-    for success; and Megatron's writer leaves an empty file if it is killed while it writes.
-    """
-    if not checkpointing.checkpoint_exists(folder):
-        return None
-    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
-    text = tracker.read_text().strip()
-    if text == "release":
-        return 0, True
-    if text.isdecimal():
-        return int(text), False
-    raise ValueError(
-        f"{tracker}: got {text!r}, wanted the iteration of the latest checkpoint; a job that is "
-        "killed while it writes this file leaves it empty. Write the iteration of the newest complete "
-        "checkpoint folder beside it (one with a metadata.json) into the file"
-    )
 
 
 def read_record(checkpoint: Path | None) -> Record | None:
@@ -209,7 +191,7 @@ def read_record(checkpoint: Path | None) -> Record | None:
 @contextlib.contextmanager
 def overridden(args: Namespace, **values: object) -> Iterator[None]:
     """Sets arguments for the time of a block."""
-    before = {name: getattr(args, name) for name in values}
+    before = {name: symbols.argument(args, name) for name in values}
     vars(args).update(values)
     try:
         yield
@@ -310,7 +292,7 @@ def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> N
         copies = Counter(old for rank in ranks for old in rank.get(layer_map.layer_number, ()))
         replicas = max(copies.values(), default=0)
         if replicas == 0 or copies != {old: replicas for old in layer_map.kept}:
-            raise ValueError(
+            raise Refusal(
                 f"layer {layer_map.layer_number}: the ranks of the job would load the old experts "
                 f"{sorted(copies)}, the map keeps "
                 f"{sorted(layer_map.kept)}, each once in every replica; the model was not built for "
@@ -324,7 +306,8 @@ def adapting_optimizer_state() -> Iterator[None]:
 
     By chained ones into a single one, and the reverse; by a rank 0 without parameters of one of them.
     """
-    load, load_common = dist_checkpointing.load, serialization.load_common_state_dict
+    common = symbols.looked_up("megatron.core.dist_checkpointing.serialization:load")
+    load, load_common = dist_checkpointing.load, getattr(serialization, common)
 
     def adapted_load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
         wanted = sharded_state_dict.get("optimizer")
@@ -336,11 +319,11 @@ def adapting_optimizer_state() -> Iterator[None]:
                 common_state["optimizer"] = adapt_common_state(common_state["optimizer"], wanted)
             return common_state
 
-        serialization.load_common_state_dict = adapted_common
+        setattr(serialization, common, adapted_common)
         try:
             loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         finally:
-            serialization.load_common_state_dict = load_common
+            setattr(serialization, common, load_common)
         # With some values of --dist-ckpt-strictness, also lists of keys.
         state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
         if state_dict.get("optimizer"):

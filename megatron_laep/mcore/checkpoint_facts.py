@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_laep.checks import Refusal
 from megatron_laep.mcore import checkpoint
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
@@ -31,7 +32,7 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     Errors: ValueError if it is not a complete torch_dist checkpoint.
     """
     if not (path / ".metadata").exists():
-        raise ValueError(
+        raise Refusal(
             f"{path} is not a complete checkpoint of format torch_dist: it has no file .metadata"
         )
     allow_pruned_checkpoints()
@@ -42,17 +43,17 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
             metadata = FileSystemReader(path).read_metadata()
             _check_complete(path, metadata)
             record = checkpoint.read_record(path)
+    except Refusal:
+        raise
     # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception
     # that is no Exception.
     except (Exception, CheckpointException) as error:
-        if type(error) is ValueError:  # a sentence of ours
-            raise
-        raise ValueError(
+        raise Refusal(
             f"{path} is damaged: its .metadata or metadata.json cannot be read "
             f"({type(error).__name__})"
         ) from None
     if record is None:
-        raise ValueError(f"{path} is not a distributed checkpoint of Megatron-Core")
+        raise Refusal(f"{path} is not a distributed checkpoint of Megatron-Core")
     entries = metadata.state_dict_metadata
     shapes = {key: tuple(entry.size) for key, entry in entries.items() if hasattr(entry, "size")}
     weights = {key: shape for key, shape in shapes.items() if not _OPTIMIZER.match(key)}
@@ -101,7 +102,7 @@ def _check_complete(path: Path, metadata: Metadata) -> None:
         size = file.stat().st_size if file.is_file() else None
         if size is None or size < end:
             found = "is not there" if size is None else f"has {size} bytes"
-            raise ValueError(
+            raise Refusal(
                 f"{path} is not complete: {name} {found}, its metadata needs {end} bytes of it"
             )
 

@@ -1,12 +1,11 @@
 """Replaced attributes of Megatron's modules: probed first, replaced together, undone together.
 
 Every place where this package reaches into the training loop goes through a ``HookSet``. Nothing
-is replaced before all targets are known to exist, so a Megatron version in which one of them has
-moved fails at the start of a job, with the list of what is missing, and leaves the process as it was.
+is replaced before all targets are known to exist, so the process is left as it was where one is not.
+What each is needed for stands in ``symbol_table``, whose probe comes first.
 """
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,10 @@ class Hook:
     Attributes:
         target: ``"package.module:attribute"`` or ``"package.module:Class.attribute"``.
         make: takes the original attribute and returns its replacement.
-        reason: why a lower rung (argument, config, subclass) does not do; shown when probing fails.
     """
 
     target: str
     make: Callable[[Any], Any]
-    reason: str
 
 
 class HookSet:
@@ -53,7 +50,7 @@ class HookSet:
                 owner, name = _resolve(hook.target)
                 original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
             except (ImportError, AttributeError, KeyError) as error:
-                missing.append(f"  {hook.target} (needed to {hook.reason}): {error!r}")
+                missing.append(f"{hook.target} ({error!r})")
                 continue
             if getattr(original, _MARKER, False):
                 raise RuntimeError(
@@ -62,12 +59,7 @@ class HookSet:
                 )
             owners.append((hook, owner, name, original))
         if missing:
-            raise RuntimeError(
-                f"megatron-core {_megatron_version()} lacks what megatron_laep hooks into:\n"
-                + "\n".join(missing)
-                + "\nSupported: megatron-core >=0.19,<0.20 with megatron.training. Install such a "
-                "version, or run the script without '-m megatron_laep'."
-            )
+            raise RuntimeError(f"nothing is hooked, since there is no {', no '.join(missing)}")
         # All are made before the first is set.
         made = [
             (owner, name, original, hook.make(original)) for hook, owner, name, original in owners
@@ -90,11 +82,3 @@ def _resolve(target: str) -> tuple[Any, str]:
     for parent in parents:
         owner = getattr(owner, parent)
     return owner, name
-
-
-def _megatron_version() -> str:
-    # Asked of the installation: importing Megatron for its version takes seconds.
-    try:
-        return importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"

@@ -32,7 +32,8 @@ def measure(
         the bytes that one expert parameter takes on a rank with its gradient and optimizer state.
     """
     expert_shards = args.expert_tensor_parallel_size
-    per_expert, per_expert_ids = 0.0, set()
+    per_expert = 0.0
+    per_expert_ids: set[int] = set()
     bytes_before = bytes_after = 0.0
     for layer in layers.values():
         weights = list(layer.experts.parameters())

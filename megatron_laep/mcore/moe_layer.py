@@ -7,6 +7,7 @@ from a checkpoint through a map.
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -14,19 +15,36 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_laep.checks import Refusal
+from megatron_laep.mcore import token_dropping
 from megatron_laep.mcore.sharding import place_entries
 from megatron_laep.mcore.slot_table import SlotTable
 from megatron_laep.mcore.token_dispatcher import DISPATCHERS
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
+
+# Why no layer of this process may be trained now; None if they may.
+_why_not_trained: str | None = None
+
+
+def refuse_training(reason: str | None) -> None:
+    """Lets the first training pass through a layer raise a Refusal with this sentence; None: none.
+
+    For the time between "prune this job" and the loop that will: a loop that never tells this package
+    of its iterations would train to its end, and nothing would be pruned.
+    """
+    global _why_not_trained
+    _why_not_trained = reason
 
 
 class LaepMoELayer(MoELayer):
     """Megatron's ``MoELayer`` plus a token count for each expert.
 
     Attributes:
-        laep_tokens_per_expert: int64 [E], on the layer's device: tokens that *this rank* has routed
-            to each expert of the layer since the model was built, in training passes only. It only
-            ever grows; windows are differences of it (``routing_stats``). Not saved.
+        laep_tokens_per_expert: int64 [E], on the layer's device: tokens for which the router of *this
+            rank* has chosen each expert of the layer since the model was built, in training passes
+            only; those that a capacity factor then drops are among them, and what pads an expert to
+            its capacity is not. It only ever grows; windows are differences of it
+            (``routing_stats``). Not saved.
         read_through: while set, ``sharded_state_dict`` describes where the layer's tensors lie in a
             checkpoint that still has the old numbering; see ``checkpoint``.
     """
@@ -40,7 +58,11 @@ class LaepMoELayer(MoELayer):
         **named,
     ) -> None:
         table = getattr(config, "laep_slot_table", None)
-        if table is None or table.full:
+        # Padded to capacity, few experts can be asked for more tokens than there are; Megatron's own
+        # dispatcher does not expect that.
+        pads = config.moe_pad_expert_input_to_capacity
+        to_pad = pads and config.moe_token_dispatcher_type == "alltoall"
+        if table is None or (table.full and not to_pad):
             super().__init__(config, submodules, layer_number, pg_collection, **named)
             self._table = None
         else:
@@ -80,20 +102,25 @@ class LaepMoELayer(MoELayer):
         self.config, self.submodules = layer_config, submodules
         self.num_local_experts, self.local_expert_indices = len(own), list(own)
         # In the place of the one that Megatron's constructor has made, which holds no buffers.
-        dispatcher = DISPATCHERS[layer_config.moe_token_dispatcher_type]
+        dispatcher: Any = DISPATCHERS[layer_config.moe_token_dispatcher_type]
         self.token_dispatcher = dispatcher(table, layer_config, pg_collection)
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._table = table
 
-    def route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None):
-        probs, routing_map = super().route(hidden_states, padding_mask)
+    def route(self, *inputs, **named):
+        token_dropping.forget()
+        # Some Megatron give the router more than the hidden states and a padding mask.
+        probs, routing_map = super().route(*inputs, **named)
+        chosen = token_dropping.chosen(routing_map)
         # Under activation recompute the forward runs twice, first without gradients; evaluation is
         # not training. So each token of a training step comes by here exactly once. The sum and the
         # addition stay on the device. A replayed CUDA graph that covers the dispatcher's
         # preprocessing leaves no map here: the addition is in the graph, then.
-        if routing_map is not None and self.training and torch.is_grad_enabled():
-            self.laep_tokens_per_expert += routing_map.sum(dim=0)
+        if chosen is not None and self.training and torch.is_grad_enabled():
+            if _why_not_trained is not None:
+                raise Refusal(_why_not_trained)
+            self.laep_tokens_per_expert += chosen.sum(dim=0)
         return probs, routing_map
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
@@ -101,7 +128,7 @@ class LaepMoELayer(MoELayer):
         if self.read_through is None and self._table is None:
             return entries
         if sharded_offsets:
-            raise ValueError(
+            raise Refusal(
                 f"layer {self.layer_number}: the checkpoint stacks its layers along an axis "
                 f"(offsets {sharded_offsets}), which has no room for layers with different experts; "
                 "checkpoints of pruned models are written with one key for each layer"
@@ -182,7 +209,7 @@ def find_layers(model: list[torch.nn.Module]) -> dict[int, LaepMoELayer]:
             if isinstance(module, LaepMoELayer):
                 layers[module.layer_number] = module
             elif isinstance(module, MoELayer):
-                raise ValueError(
+                raise Refusal(
                     f"{name} is a {type(module).__name__}, wanted megatron_laep's LaepMoELayer: its "
                     "layer spec was made before megatron_laep.install(), or does not take MoELayer "
                     "from megatron.core.models.gpt.moe_module_specs; install first, or name "

@@ -7,50 +7,33 @@ biases to Adam or Lion; Megatron chains one optimizer for each kind and for dens
 parameters, or hands all of them to its layer-wise distributed optimizer.
 """
 
-from argparse import Namespace
+from __future__ import annotations
 
-import torch
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # Tensors of the parameter's shape, in fp32. What Muon and Lion do not take goes to the scalar kind.
 _MOMENTS = {"adam": 2, "lion": 1, "muon": 1, "adaptive_muon": 2}
 
 
-def unsupported(args: Namespace) -> list[tuple[bool, str, str]]:
-    """What is to be refused of a job that will be pruned.
-
-    Args:
-        args: Megatron's arguments after its own validation.
+def adaptive_muon_steps() -> bool:
+    """Asks Megatron's adaptive Muon for one step on one small matrix. Local.
 
     Returns:
-        (is given, flag, reason and remedy) of each.
+        Whether it fits the installed emerging-optimizers; True without that package, for which
+        Megatron has a sentence of its own.
     """
-    return [
-        (
-            args.optimizer == "soap",
-            "--optimizer soap",
-            "Megatron cannot write SOAP's state into a torch_dist checkpoint, and a pruning goes "
-            "through one: the preconditioner's factors have not the shape of the weight they belong "
-            "to (training itself would end at its first save); use --optimizer muon or adam",
-        ),
-        (
-            args.optimizer == "adaptive_muon" and not _adaptive_muon_steps(),
-            "--optimizer adaptive_muon",
-            "with the installed package emerging-optimizers Megatron's class of that name cannot "
-            "take a step (megatron-core 0.19 was written for emerging-optimizers 0.2, and sets no "
-            "scale_mode, which 0.3 reads); install emerging-optimizers 0.2, or use --optimizer muon",
-        ),
-    ]
-
-
-def _adaptive_muon_steps() -> bool:
-    """Asks Megatron's adaptive Muon for one step on one small matrix. Local."""
+    import torch
     from megatron.core.optimizer.emerging_optimizers import (
         HAVE_EMERGING_OPTIMIZERS,
         TensorParallelAdaptiveMuon,
     )
 
     if not HAVE_EMERGING_OPTIMIZERS:
-        return True  # Megatron has a sentence of its own for that
+        return True
     parameter = torch.nn.Parameter(torch.eye(2))
     parameter.grad = torch.eye(2)
     try:

@@ -22,6 +22,8 @@ from typing import Any
 
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
+from megatron_laep.checks import Refusal
+
 # Dense and expert parameters differ by this flag only; with expert parallelism 1 all are dense.
 _EXPERT_FLAG = "is_expert_parallel"
 # Names the optimizer of a group that is not of the job's main kind.
@@ -51,7 +53,7 @@ def adapt_common_state(saved: dict, wanted: dict) -> dict:
     ):
         return saved
     if by_buffers:
-        raise ValueError(
+        raise Refusal(
             "the optimizer state of the checkpoint is laid out by buffers (dp_reshardable) and "
             "cannot change between expert parallelism and none; save it with "
             "--dist-ckpt-optim-fully-reshardable, or keep --expert-model-parallel-size"
@@ -95,8 +97,8 @@ def complete_common_state(saved: dict) -> None:
     for part in _parts(saved):
         masters = part.get("fp32_from_fp16_params")
         # The layer-wise optimizer has a dict of these lists in the place of the list.
-        lists = masters.values() if isinstance(masters, dict) else masters
-        if masters is not None and not any(lists):
+        lists = list(masters.values()) if isinstance(masters, dict) else masters
+        if lists is not None and not any(lists):
             del part["fp32_from_fp16_params"]
 
 
@@ -140,7 +142,7 @@ def ranges_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
             for begin, end, bucket_id in buffer.param_index_map.values():
                 bucket = buffer.buckets[bucket_id]
                 if begin < bucket.offset or end > bucket.offset + bucket.numel_unpadded:
-                    raise ValueError(
+                    raise Refusal(
                         f"gradient buffer: a parameter lies at {begin} to {end}, its bucket "
                         f"{bucket_id} has {bucket.numel_unpadded} elements from {bucket.offset} on; "
                         "this megatron-core lays its buffers out in a way that megatron_laep cannot "
@@ -164,8 +166,9 @@ def _parts(state: dict) -> list[dict]:
     return [state[index] for index in sorted(state)] if _is_chained(state) else [state]
 
 
-def _holder(part: dict) -> dict:
-    """The dict that has ``param_groups``: one level down, except in the plain fp32 optimizer."""
+def _holder(part: dict) -> Any:
+    """The dict that has ``param_groups``: one level down, except in the plain fp32 optimizer. Something
+    else in a format without one."""
     return part if "param_groups" in part else part.get("optimizer")
 
 
@@ -193,7 +196,7 @@ def _matching_group(wanted: dict, saved_groups: list[dict]) -> dict:
         group for group in saved_groups if _identity(group, keys) == _identity(wanted, keys)
     ]
     if not candidates:
-        raise ValueError(
+        raise Refusal(
             "optimizer state of the checkpoint: no parameter group with "
             f"{dict(zip(keys, _identity(wanted, keys), strict=True))}, got "
             f"{[_identity(group, keys) for group in saved_groups]}; resume with the same optimizer "
@@ -201,7 +204,7 @@ def _matching_group(wanted: dict, saved_groups: list[dict]) -> dict:
         )
     first = candidates[0]
     if any(values(group) != values(first) for group in candidates[1:]):
-        raise ValueError(
+        raise Refusal(
             "optimizer state of the checkpoint: the parameter groups "
             f"{[values(group) for group in candidates]} would have to become one, but differ; keep "
             "the expert-parallel size, or do not set different learning rates for experts"

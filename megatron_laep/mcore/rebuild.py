@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.utils import get_model_config
 from megatron.training.training import destroy_global_state
 from torch.distributed import distributed_c10d
@@ -58,7 +59,7 @@ def release(model: list[torch.nn.Module]) -> list[weakref.ref]:
 
 def warn_if_alive(references: list[weakref.ref]) -> None:
     """Says so if an old model was not collected: its memory is missing for the new one."""
-    alive = [reference() for reference in references if reference() is not None]
+    alive = [chunk for reference in references if (chunk := reference()) is not None]
     if alive:
         size = sum(p.numel() * p.element_size() for chunk in alive for p in chunk.parameters())
         events.log(
@@ -89,6 +90,9 @@ def tear_down() -> None:
     # is the order of creation, the same on all members of a group.
     groups = [g for g in parallel_state._global_process_group_list or [] if g is not None]
     destroy_global_state()
+    # Routers of --moe-enable-routing-replay enter themselves here and never leave; what was recorded
+    # or is to be replayed names experts by their old ids.
+    RouterReplay.clear_global_router_replay_instances()
     for group in groups:
         # Megatron destroys its gloo groups itself.
         if group in distributed_c10d._world.pg_map:

@@ -15,11 +15,12 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
+from megatron_laep.checks import Refusal
 from megatron_laep.mcore.slot_table import SlotTable
 from megatron_laep.plan.expert_map import LayerMap
 
 # Per-expert tensors of the router, with one row for each expert.
-_ROUTER_ROWS = ("router.weight", "router.bias", "router.expert_bias")
+_ROUTER_ROWS = ("router.weight", "router.bias", "router.expert_bias", "router.qb_beta")
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ def _placed(entry, places: _Places):
 
         return replace(entry, build_fn=build_and_place)
     if not isinstance(entry, ShardedTensor | ShardedObject):
-        raise ValueError(
+        raise Refusal(
             f"layer {places.layer_number}: got a {type(entry).__name__} among the expert weights, "
             "wanted a ShardedTensor, ShardedTensorFactory or ShardedObject; this expert "
             "implementation cannot be pruned"
         )
     if entry.global_shape[0] != places.described:
-        raise ValueError(
+        raise Refusal(
             f"{entry.key}: got {entry.global_shape[0]} experts along axis 0, layer "
             f"{places.layer_number} was built for {places.described}; the model was not built for "
             "this map"
@@ -116,7 +117,7 @@ def _placed(entry, places: _Places):
 def _rows_factory(entry: ShardedTensor, layer_map: LayerMap) -> ShardedTensorFactory:
     """Splits a tensor with one row an expert ([K, ...], the same on all EP ranks) into its rows."""
     if entry.global_shape[0] != layer_map.experts_after or entry.local_shape != entry.global_shape:
-        raise ValueError(
+        raise Refusal(
             f"{entry.key}: got local shape {tuple(entry.local_shape)} of global "
             f"{tuple(entry.global_shape)}, wanted all {layer_map.experts_after} rows of layer "
             f"{layer_map.layer_number} on every rank"

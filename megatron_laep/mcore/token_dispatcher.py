@@ -6,6 +6,7 @@ stay its own.
 """
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +23,8 @@ from megatron_laep.mcore.slot_table import SlotTable
 class _InSlots:
     """A dispatcher of Megatron's that takes the slots for experts; mixed in before its class."""
 
+    num_out_tokens: Any  # Megatron's own
+
     def __init__(
         self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:
@@ -29,7 +32,8 @@ class _InSlots:
         in_slots.num_moe_experts = table.num_slots
         rank = pg_collection.ep.rank()
         first = rank * table.slots_per_rank
-        super().__init__(
+        its_own: Any = super().__init__  # of the class that this one is mixed in before
+        its_own(
             table.slots_per_rank,
             list(range(first, first + table.slots_per_rank)),
             config=in_slots,
@@ -47,19 +51,34 @@ class SlotAlltoAllTokenDispatcher(_InSlots, MoEAlltoAllTokenDispatcher):
     Only the tables of token counts are in slots. Tokens are permuted by the true routing map, and
     each is sent once, as ever; an empty slot is a chunk of no tokens.
 
+    Padding to capacity needs no slots: every expert gets as many tokens from every rank, so each rank
+    knows all sizes without a table. Megatron splits the tokens evenly over the ranks; here a rank gets
+    the share of the experts that it holds, and nothing is sent for a slot without an expert.
+
     Args:
         table: the layer's experts on each rank of the expert-parallel group.
         config: of the layer.
         pg_collection: of the layer.
     """
 
+    def __init__(
+        self, table: SlotTable, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(table, config, pg_collection)
+        self._experts_per_rank = table.experts_per_rank
+        if self.drop_and_pad:
+            self.num_experts, self.num_local_experts = table.num_experts, self._experts_here
+
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Token counts and splits for a routing map, bool [tokens, E].
 
         Returns:
             Tokens for each expert on this rank, int64 [experts on this rank], on the device. No
-            device-to-host copy, as in Megatron's.
+            device-to-host copy, as in Megatron's; padded to capacity, the counts are on the host,
+            as there.
         """
+        if self.drop_and_pad:
+            return self._preprocess_padded(routing_map)
         tokens_E = routing_map.sum(dim=0)
         tokens_of_slots = tokens_E.new_zeros(self._num_slots)
         tokens_of_slots[self._slots_E] = tokens_E
@@ -69,6 +88,17 @@ class SlotAlltoAllTokenDispatcher(_InSlots, MoEAlltoAllTokenDispatcher):
             # Taken from the number of rows: dropless routing sends each token top-k times.
             self.num_out_tokens = routing_map.size(0) * self.config.moe_router_topk
         return tokens_of_local_slots[: self._experts_here]
+
+    def _preprocess_padded(self, routing_map: torch.Tensor) -> torch.Tensor:
+        super().preprocess(routing_map)
+        # No expert can get more tokens than there are. The router keeps to that, Megatron's
+        # dispatcher does not: with few experts left it would ask for more rows than the map has.
+        self.capacity = min(self.capacity, routing_map.size(0))
+        self.num_out_tokens = self.capacity * self.num_experts
+        self.input_splits = [self.capacity * experts for experts in self._experts_per_rank]
+        self.output_splits = [self.capacity * self._experts_here] * self.ep_size
+        rows = self.capacity * self.tp_size * self.ep_size
+        return torch.full((self._experts_here,), rows, dtype=torch.long)
 
 
 class SlotAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
@@ -93,7 +123,7 @@ class SlotAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         """As Megatron's; on a rank without experts: no tokens, no counts, no probabilities."""
         if not self._holds_none:
             return super().dispatch_postprocess(hidden_states, probs)
-        self.routing_map = torch.nn.functional.pad(self.routing_map, (0, 1))
+        self.routing_map: torch.Tensor = torch.nn.functional.pad(self.routing_map, (0, 1))
         probs = torch.nn.functional.pad(probs, (0, 1))
         tokens, tokens_per_expert, probs = super().dispatch_postprocess(hidden_states, probs)
         return tokens, tokens_per_expert[:0], probs

@@ -13,7 +13,7 @@ example that shows the bug. What it answers decides::
 optimizer state, and groups and scalars that a rank without parameters could not write
 (``optimizer_state``: read off each checkpoint, whoever wrote it; a complete one is left as it is);
 expert biases of layers with different expert counts (no model of Megatron's own has such layers);
-the refusal of an empty tracker file (it is the file that is asked).
+the mending of an empty tracker file (``tracker``: it is the file that is asked).
 """
 
 import argparse
@@ -30,6 +30,7 @@ from typing import Any
 import megatron.core
 import torch
 
+from megatron_laep.checks import Refusal
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.optimizer_state import ranges_without_padding
 
@@ -112,7 +113,7 @@ class Findings:
         """
         for bug in BUGS:
             if bug.name in self.unknown and args.save and bug.at_stake(args, prunes):
-                raise ValueError(
+                raise Refusal(
                     f"{bug.flag}: whether {bug.effect} cannot be found out with "
                     f"megatron-core {_version()} ({self.unknown[bug.name]}), so this job "
                     f"might write checkpoints that are of no use; {bug.remedy}"
@@ -330,11 +331,11 @@ def _load_fp32(load: Callable[[Any, dict], None]) -> None:
     from megatron.core.optimizer.distrib_optimizer import Range
 
     parameter = _OnDevice(torch.zeros(2))
-    optimizer = _bare_optimizer([])
+    optimizer: Any = _bare_optimizer([])
     dtypes = (torch.float32, torch.float32)
     optimizer.gbuf_ranges = [{dtypes: [{"param_map": {parameter: {"param": Range(0, 2)}}}]}]
     # What the optimizer steps on is made by Megatron: where it detaches that, there is no bug.
-    group = {"params": [parameter], "orig_group": {}}
+    group: dict[str, Any] = {"params": [parameter], "orig_group": {}}
     optimizer._build_model_and_main_param_groups(
         optimizer.gbuf_ranges, {parameter: (0, dtypes, 0)}, [group], optimizer.config
     )
@@ -460,7 +461,6 @@ BUGS = (
         hook=Hook(
             f"{_OPTIMIZER}:DistributedOptimizer.sharded_param_state_fully_reshardable",
             _fully_reshardable_state,
-            "cut optimizer state out of the right places of padded gradient buffers",
         ),
     ),
     Bug(
@@ -482,7 +482,6 @@ BUGS = (
         hook=Hook(
             f"{_OPTIMIZER}:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
             torch.no_grad(),
-            "load the state of fp32 parameters",
         ),
         in_every_job=True,
     ),
@@ -502,7 +501,6 @@ BUGS = (
         hook=Hook(
             "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
             _sgd_with_state,
-            "load the momentum of SGD",
         ),
         in_every_job=True,
     ),

@@ -63,9 +63,9 @@ def balance(
 
 
 @lru_cache(maxsize=2**12)  # a sweep over rules asks for the same experts again and again
-def _balance(shape: tuple[int, int], *contents: bytes) -> np.ndarray:
-    loads_WK, start_K, fewest_R, most_R = (np.frombuffer(text, np.int64) for text in contents)
-    loads_WK = loads_WK.reshape(shape)
+def _balance(shape: tuple[int, ...], *contents: bytes) -> np.ndarray:
+    flat, start_K, fewest_R, most_R = (np.frombuffer(text, np.int64) for text in contents)
+    loads_WK: np.ndarray = flat.reshape(shape)
     bound = lower_bound(loads_WK, len(fewest_R), int(fewest_R.min()))
     search = _Search(loads_WK, start_K, fewest_R, most_R, bound)
     search.improve()
@@ -184,7 +184,7 @@ class _Search:
             return False
         # Several ranks can be the busiest together: make this one less so, then the others.
         self._sideways = 0 if gain else self._sideways + 1
-        return self._sideways < self._sums_WR.shape[1]
+        return self._sideways < int(self._sums_WR.shape[1])
 
     def _best_exchange(self, rank: int) -> _Step | None:
         """An expert of `rank` for one of another rank, or for none where the counts allow it."""
@@ -210,8 +210,8 @@ class _Search:
             larger = np.maximum(sums_R[rank] + change, sums_R[rank_P] - change)
             pair += larger
             busiest += np.maximum(larger, rest_R[rank_P], out=larger)
-        best = np.flatnonzero(busiest == busiest.min())
-        best = int(best[pair.ravel()[best].argmin()])
+        least_busy = np.flatnonzero(busiest == busiest.min())
+        best = int(least_busy[pair.ravel()[least_busy].argmin()])
         i, j = divmod(best, rank_P.size)
         other = int(rank_P[j])
         swapped = j < others.size

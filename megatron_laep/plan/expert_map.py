@@ -14,48 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
+from megatron_laep.checks import Refusal, number_within, only_fields, whole_number, whole_numbers
 from megatron_laep.json_text import parse_json
 
 SCHEMA_VERSION = 1
-
-
-def _plain_int(value: object, what: str, minimum: int) -> int:
-    """`value` as a Python int (numpy integers are converted), or a ValueError that names `what`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{what} must be an integer, got {value!r}") from None
-    if number < minimum:
-        raise ValueError(f"{what} must be at least {minimum}, got {number}")
-    return number
-
-
-def _plain_ints(values: object, what: str, minimum: int) -> tuple[int, ...]:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise ValueError(f"{what} must be a list of integers, got {values!r}")
-    return tuple(_plain_int(value, f"{what}[{i}]", minimum) for i, value in enumerate(values))
-
-
-def _checked_keys(data: object, known: Iterable[str], where: str) -> Mapping[str, object]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must be a JSON object, got {type(data).__name__}")
-    known = set(known)
-    for kind, names in (("unknown", set(data) - known), ("missing", known - set(data))):
-        if names:
-            listed = ", ".join(sorted(map(str, names)))
-            raise ValueError(
-                f"{where} has {kind} fields: {listed}. It was written by another version of "
-                "megatron_laep, or edited: make it anew"
-            )
-    return data
+_OTHER_VERSION = "It was written by another version of megatron_laep, or edited: make it anew"
 
 
 @dataclass(frozen=True)
@@ -83,39 +51,41 @@ class LayerMap:
     loads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        number = _plain_int(self.layer_number, "layer_number", 1)
+        number = whole_number(self.layer_number, "layer_number", 1)
         where = f"layer {number}"
         converted = {
             "layer_number": number,
-            "experts_before": _plain_int(self.experts_before, f"{where}: experts_before", 1),
-            "kept": _plain_ints(self.kept, f"{where}: kept", 0),
-            "experts_per_rank": _plain_ints(self.experts_per_rank, f"{where}: experts_per_rank", 0),
-            "loads": _plain_ints(self.loads, f"{where}: loads", 0),
+            "experts_before": whole_number(self.experts_before, f"{where}: experts_before", 1),
+            "kept": whole_numbers(self.kept, f"{where}: kept", 0),
+            "experts_per_rank": whole_numbers(
+                self.experts_per_rank, f"{where}: experts_per_rank", 0
+            ),
+            "loads": whole_numbers(self.loads, f"{where}: loads", 0),
         }
         for name, value in converted.items():
             object.__setattr__(self, name, value)
         if not self.kept:
-            raise ValueError(f"{where} keeps no expert: a layer needs at least 1")
+            raise Refusal(f"{where} keeps no expert: a layer needs at least 1")
         if max(self.kept) >= self.experts_before:
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps expert {max(self.kept)}, but has {self.experts_before} experts "
                 f"(ids 0 to {self.experts_before - 1})"
             )
         if len(set(self.kept)) != len(self.kept):
             twice = next(i for i in self.kept if self.kept.count(i) > 1)
-            raise ValueError(f"{where} keeps expert {twice} more than once")
+            raise Refusal(f"{where} keeps expert {twice} more than once")
         if sum(self.experts_per_rank) != len(self.kept):
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps {len(self.kept)} experts, but experts_per_rank "
                 f"{list(self.experts_per_rank)} sums to {sum(self.experts_per_rank)}"
             )
         if self.loads and len(self.loads) != self.experts_before:
-            raise ValueError(
+            raise Refusal(
                 f"{where} has {len(self.loads)} loads for {self.experts_before} experts: give one "
                 "for each old expert, or none"
             )
         if sum(self.loads) >= 2**63:
-            raise ValueError(
+            raise Refusal(
                 f"{where}: the loads sum to {sum(self.loads)}, more than 64-bit integers hold"
             )
 
@@ -129,17 +99,12 @@ class LayerMap:
         """Old ids of the experts that go, ascending."""
         return tuple(sorted(set(range(self.experts_before)) - set(self.kept)))
 
-    @property
-    def is_identity(self) -> bool:
-        """True if every expert stays under its old id."""
-        return self.kept == tuple(range(self.experts_before))
-
 
 def equal_blocks(num_experts: int, expert_parallel_size: int, layer_number: int) -> tuple[int, ...]:
     """Experts on each EP rank, equal counts; ValueError if they do not divide."""
-    ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
+    ranks = whole_number(expert_parallel_size, "expert-model-parallel-size", 1)
     if num_experts % ranks:
-        raise ValueError(
+        raise Refusal(
             f"layer {layer_number} keeps {num_experts} experts, not divisible by "
             f"expert-model-parallel-size {ranks}: use an expert-model-parallel-size that divides "
             f"{num_experts}, or a map made with --laep-expert-multiple {ranks}"
@@ -154,7 +119,7 @@ def near_equal_blocks(expert_counts: Sequence[int], ranks: int) -> tuple[tuple[i
     Errors: ValueError if all layers together have fewer experts than there are ranks.
     """
     if sum(expert_counts) < ranks:
-        raise ValueError(
+        raise Refusal(
             f"the {sum(expert_counts)} experts of all layers are too few for expert-model-parallel-"
             f"size {ranks}: use at most {sum(expert_counts)}"
         )
@@ -203,40 +168,36 @@ class ExpertMap:
             ("expert_parallel_size_after", 1),
             ("top_k", 1),
         ):
-            object.__setattr__(self, name, _plain_int(getattr(self, name), name, minimum))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, minimum))
         for name in ("alpha", "placement"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
-        if isinstance(self.beta, bool | str) or not hasattr(self.beta, "__float__"):
-            raise ValueError(f"beta must be a number, got {self.beta!r}")
-        object.__setattr__(self, "beta", float(self.beta))
-        if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise ValueError(f"beta must be within 0 and 1, got {self.beta}")
+                raise Refusal(f"{name} must be a string, got {getattr(self, name)!r}")
+        object.__setattr__(self, "beta", number_within(self.beta, "beta", 0, 1))
         layers = tuple(self.layers)
         if not layers or not all(isinstance(layer, LayerMap) for layer in layers):
-            raise ValueError(f"layers must be one or more LayerMap values, got {self.layers!r}")
+            raise Refusal(f"layers must be one or more LayerMap values, got {self.layers!r}")
         object.__setattr__(
             self, "layers", tuple(sorted(layers, key=lambda layer: layer.layer_number))
         )
         if len(set(self.layer_numbers)) != len(layers):
-            raise ValueError(f"a layer occurs more than once in {list(self.layer_numbers)}")
+            raise Refusal(f"a layer occurs more than once in {list(self.layer_numbers)}")
         for layer in self.layers:
             self._check_layer(layer)
 
     def _check_layer(self, layer: LayerMap) -> None:
         where = f"layer {layer.layer_number}"
         if len(layer.experts_per_rank) != self.expert_parallel_size_after:
-            raise ValueError(
+            raise Refusal(
                 f"{where} is laid out for {len(layer.experts_per_rank)} ranks, the map for "
                 f"expert_parallel_size_after {self.expert_parallel_size_after}"
             )
         if layer.experts_after < self.top_k:
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps {layer.experts_after} experts, fewer than top_k {self.top_k}: "
                 "a token could not be routed"
             )
         if layer.experts_after % self.expert_multiple:
-            raise ValueError(
+            raise Refusal(
                 f"{where} keeps {layer.experts_after} experts, not a multiple of "
                 f"expert_multiple {self.expert_multiple}"
             )
@@ -246,17 +207,12 @@ class ExpertMap:
         """Megatron numbers of the MoE layers, ascending."""
         return tuple(layer.layer_number for layer in self.layers)
 
-    @property
-    def is_identity(self) -> bool:
-        """True if no layer loses or renumbers an expert."""
-        return all(layer.is_identity for layer in self.layers)
-
     def layer(self, layer_number: int) -> LayerMap:
         """The map of one layer; ValueError if the map has none for it."""
         for layer in self.layers:
             if layer.layer_number == layer_number:
                 return layer
-        raise ValueError(
+        raise Refusal(
             f"the expert map has no layer {layer_number}: it has layers {list(self.layer_numbers)}"
         )
 
@@ -278,7 +234,7 @@ class ExpertMap:
         A layer with fewer experts than ranks leaves some of them without.
         Errors: ValueError if all layers together have fewer.
         """
-        ranks = _plain_int(expert_parallel_size, "expert-model-parallel-size", 1)
+        ranks = whole_number(expert_parallel_size, "expert-model-parallel-size", 1)
         if ranks == self.expert_parallel_size_after:
             return self
         blocks = near_equal_blocks([layer.experts_after for layer in self.layers], ranks)
@@ -288,7 +244,7 @@ class ExpertMap:
         )
         return replace(self, layers=tuple(layers), expert_parallel_size_after=ranks)
 
-    def _content(self) -> dict[str, object]:
+    def _content(self) -> dict[str, Any]:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["schema_version"] = SCHEMA_VERSION
         content["layers"] = [
@@ -300,20 +256,20 @@ class ExpertMap:
         ]
         return content
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """JSON-able dict: the fields, `schema_version` and `hash`."""
         return {**self._content(), "hash": self.hash}
 
     def to_json(self) -> str:
         """Readable JSON, one line for each list of a layer; `from_json` gives an equal value."""
-        layers = self._content()["layers"]
+        content = self.to_dict()
         blocks = []
-        for layer in layers:
-            lines = (f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in layer.items())
-            blocks.append("  {\n" + ",\n".join(lines) + "\n  }")
+        for layer in content["layers"]:
+            rows = (f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in layer.items())
+            blocks.append("  {\n" + ",\n".join(rows) + "\n  }")
         lines = [
             f" {json.dumps(name)}: {json.dumps(value)}"
-            for name, value in self.to_dict().items()
+            for name, value in content.items()
             if name != "layers"
         ]
         lines.append(' "layers": [\n' + ",\n".join(blocks) + "\n ]")
@@ -329,26 +285,28 @@ class ExpertMap:
         wrong values.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"an expert map must be a JSON object, got {type(data).__name__}")
+            raise Refusal(f"an expert map must be a JSON object, got {type(data).__name__}")
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(
+            raise Refusal(
                 f"the expert map has schema version {version!r}, this megatron_laep reads "
                 f"{SCHEMA_VERSION}: use the version of megatron_laep that wrote it"
             )
         names = [field.name for field in fields(cls)]
         content = {name: value for name, value in data.items() if name != "hash"}
-        _checked_keys(content, [*names, "schema_version"], "the expert map")
+        only_fields(content, [*names, "schema_version"], "the expert map", _OTHER_VERSION)
         if not isinstance(content["layers"], list | tuple):
-            raise ValueError(f"layers must be a list, got {content['layers']!r}")
+            raise Refusal(f"layers must be a list, got {content['layers']!r}")
         layer_names = [field.name for field in fields(LayerMap)]
         content["layers"] = tuple(
-            LayerMap(**_checked_keys(layer, layer_names, f"layers[{i}] of the expert map"))
+            LayerMap(
+                **only_fields(layer, layer_names, f"layers[{i}] of the expert map", _OTHER_VERSION)
+            )
             for i, layer in enumerate(content["layers"])
         )
         expert_map = cls(**{name: content[name] for name in names})
         if "hash" in data and data["hash"] != expert_map.hash:
-            raise ValueError(
+            raise Refusal(
                 f"the expert map says hash {data['hash']!r}, but its content has "
                 f"{expert_map.hash!r}: it was damaged or edited. Restore it, or remove the hash "
                 "field if the change is meant"
@@ -359,98 +317,6 @@ class ExpertMap:
     def from_json(cls, text: str) -> ExpertMap:
         """The value that `to_json` wrote. ValueError if it is no JSON, or as `from_dict`."""
         return cls.from_dict(parse_json(text, "the expert map"))
-
-    @staticmethod
-    def from_kept(
-        kept: Mapping[int, Sequence[int]],
-        *,
-        experts_before: int | Mapping[int, int],
-        expert_parallel_size: int,
-        top_k: int,
-        iteration: int = 0,
-        expert_parallel_size_before: int | None = None,
-    ) -> ExpertMap:
-        """A map from explicit lists: `kept[layer_number][new_expert_id] == old_expert_id`.
-
-        Equal blocks on all ranks; `experts_before` is one number, or one for each layer_number.
-        For plans that no loads decided: `alpha` is "0", `beta` 0, `placement` "given", `loads`
-        unknown. `expert_parallel_size` is the size after, and before unless that is given too.
-        Errors: ValueError.
-        """
-        return ExpertMap(
-            iteration=iteration,
-            layers=tuple(
-                LayerMap(
-                    layer_number=number,
-                    experts_before=(
-                        experts_before[number]
-                        if isinstance(experts_before, Mapping)
-                        else experts_before
-                    ),
-                    kept=tuple(ids),
-                    experts_per_rank=equal_blocks(len(ids), expert_parallel_size, number),
-                )
-                for number, ids in kept.items()
-            ),
-            alpha="0",
-            beta=0.0,
-            expert_multiple=1,
-            placement="given",
-            expert_parallel_size_before=(
-                expert_parallel_size
-                if expert_parallel_size_before is None
-                else expert_parallel_size_before
-            ),
-            expert_parallel_size_after=expert_parallel_size,
-            top_k=top_k,
-        )
-
-    @staticmethod
-    def identity(
-        layer_numbers: Iterable[int],
-        num_experts: int,
-        *,
-        expert_parallel_size: int,
-        top_k: int,
-        iteration: int = 0,
-    ) -> ExpertMap:
-        """The map that changes nothing: every expert of every layer stays under its id."""
-        return ExpertMap.from_kept(
-            {number: range(num_experts) for number in layer_numbers},
-            experts_before=num_experts,
-            expert_parallel_size=expert_parallel_size,
-            top_k=top_k,
-            iteration=iteration,
-        )
-
-    @staticmethod
-    def permutation(
-        layer_numbers: Iterable[int],
-        num_experts: int,
-        *,
-        seed: int,
-        expert_parallel_size: int,
-        top_k: int,
-        iteration: int = 0,
-        expert_parallel_size_before: int | None = None,
-    ) -> ExpertMap:
-        """A map that keeps all experts and renumbers those of each layer at random (by `seed`).
-
-        The model stays the same one: the way to try checkpoint and rebuild without changing what
-        the model computes.
-        """
-        generator = random.Random(seed)
-        return ExpertMap.from_kept(
-            {
-                number: generator.sample(range(num_experts), num_experts)
-                for number in sorted(layer_numbers)
-            },
-            experts_before=num_experts,
-            expert_parallel_size=expert_parallel_size,
-            top_k=top_k,
-            iteration=iteration,
-            expert_parallel_size_before=expert_parallel_size_before,
-        )
 
 
 def compose(first: ExpertMap, second: ExpertMap) -> ExpertMap:
@@ -464,14 +330,14 @@ def compose(first: ExpertMap, second: ExpertMap) -> ExpertMap:
     Errors: ValueError if `second` was not made on that model (other layers or expert counts).
     """
     if first.layer_numbers != second.layer_numbers:
-        raise ValueError(
+        raise Refusal(
             f"the first map has layers {list(first.layer_numbers)}, the second "
             f"{list(second.layer_numbers)}: both must describe the same model"
         )
     layers = []
     for one, two in zip(first.layers, second.layers, strict=True):
         if one.experts_after != two.experts_before:
-            raise ValueError(
+            raise Refusal(
                 f"layer {one.layer_number}: the first map leaves {one.experts_after} experts, the "
                 f"second starts from {two.experts_before}"
             )

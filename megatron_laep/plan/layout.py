@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_laep.checks import whole_number
+from megatron_laep.checks import Refusal, whole_number
 from megatron_laep.plan.expert_map import ExpertMap
+from megatron_laep.plan.groups import RouterGroups
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ModelLayout:
     layers: ascending by number, each once, at least one.
     top_k: experts that the router picks for a token.
     expert_parallel_size_before, expert_parallel_size_after: expert-parallel (EP) ranks.
+    groups: of consecutive experts, to which the router limits itself; None: it does not.
 
     Errors: ValueError for numbers that cannot be.
     """
@@ -43,16 +45,23 @@ class ModelLayout:
     top_k: int
     expert_parallel_size_before: int
     expert_parallel_size_after: int
+    groups: RouterGroups | None = None
 
     def __post_init__(self) -> None:
         numbers = [layer.layer_number for layer in self.layers]
         if not numbers or numbers != sorted(set(numbers)):
-            raise ValueError(f"the MoE layers must be ascending, each one once, got {numbers}")
+            raise Refusal(f"the MoE layers must be ascending, each one once, got {numbers}")
         for layer in self.layers:
             whole_number(layer.layer_number, "a layer's number", 1)
             whole_number(layer.experts, f"layer {layer.layer_number}: the experts", 1)
         for name in ("top_k", "expert_parallel_size_before", "expert_parallel_size_after"):
             whole_number(getattr(self, name), name, 1)
+        for layer in self.layers:
+            if self.groups is not None and layer.experts % self.groups.num_groups:
+                raise Refusal(
+                    f"layer {layer.layer_number} has {layer.experts} experts, which are not "
+                    f"{self.groups.num_groups} equal groups (--moe-router-num-groups)"
+                )
 
     @staticmethod
     def of(
@@ -62,6 +71,7 @@ class ModelLayout:
         expert_parallel_size_before: int,
         expert_parallel_size_after: int | None = None,
         stages: Mapping[int, int] | None = None,
+        groups: RouterGroups | None = None,
     ) -> ModelLayout:
         """From the experts of each layer number, in any order.
 
@@ -72,7 +82,7 @@ class ModelLayout:
         if stages is None:
             stages = dict.fromkeys(experts, 0)
         if set(stages) != set(experts):
-            raise ValueError(
+            raise Refusal(
                 f"there are pipeline stages of layers {sorted(stages)} for {sorted(experts)}"
             )
         return ModelLayout(
@@ -82,6 +92,7 @@ class ModelLayout:
             top_k,
             expert_parallel_size_before,
             expert_parallel_size_after or expert_parallel_size_before,
+            groups,
         )
 
     @staticmethod
@@ -98,6 +109,11 @@ class ModelLayout:
     @property
     def layer_numbers(self) -> tuple[int, ...]:
         return tuple(layer.layer_number for layer in self.layers)
+
+    @property
+    def num_groups(self) -> int | None:
+        """Groups of each layer; None where the router does not limit itself to groups."""
+        return self.groups.num_groups if self.groups is not None else None
 
     @property
     def experts(self) -> dict[int, int]:

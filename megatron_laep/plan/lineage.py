@@ -44,12 +44,14 @@ class Lineage:
     @property
     def original_ids(self) -> tuple[tuple[int, ...], ...]:
         """For each layer the original model's id of each expert; () for the original model."""
-        return tuple(layer.kept for layer in self.composed.layers) if self.steps else ()
+        composed = self.composed
+        return tuple(layer.kept for layer in composed.layers) if composed else ()
 
     @property
     def experts_per_rank(self) -> tuple[tuple[int, ...], ...]:
         """For each layer the experts on each rank, as the last pruning laid them out; () before one."""
-        return tuple(layer.experts_per_rank for layer in self.composed.layers) if self.steps else ()
+        composed = self.composed
+        return tuple(layer.experts_per_rank for layer in composed.layers) if composed else ()
 
     def then(self, step: ExpertMap) -> Lineage:
         """With one more pruning."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from megatron_laep.checks import Refusal
 
 _INT64_MAX = np.iinfo(np.int64).max
 
@@ -33,37 +36,36 @@ class Loads:
 
     def __post_init__(self) -> None:
         if not self.tokens:
-            raise ValueError("there are loads of no layer")
+            raise Refusal("there are loads of no layer")
         checked = {}
         for number, loads_WE in self.tokens.items():
             try:
                 checked[number] = _checked_windows(loads_WE)
             except ValueError as error:
-                raise ValueError(f"layer {number}: {error}") from None
+                raise Refusal(f"layer {number}: {error}") from None
         object.__setattr__(self, "tokens", checked)
 
     @staticmethod
-    def of_windows(tokens_WLE: Sequence, layer_numbers: Sequence[int]) -> Loads:
+    def of_windows(tokens_WLE: Sequence[Any], layer_numbers: Sequence[int]) -> Loads:
         """Of windows [W][L][E], arrays or nested lists, rows in the order of the layer numbers.
 
         Errors: ValueError as of the class, or if rows and layer numbers do not correspond.
         """
         for rows_LE in tokens_WLE:
             if len(rows_LE) != len(layer_numbers):
-                raise ValueError(
+                raise Refusal(
                     f"there are loads of {len(rows_LE)} layers for {len(layer_numbers)} layer numbers"
                 )
         if len(set(layer_numbers)) != len(layer_numbers):
-            raise ValueError(f"a layer occurs more than once in {list(layer_numbers)}")
-        return Loads(
-            {
-                number: [rows_LE[row] for rows_LE in tokens_WLE]
-                for row, number in enumerate(layer_numbers)
-            }
-        )
+            raise Refusal(f"a layer occurs more than once in {list(layer_numbers)}")
+        rows: dict[int, Any] = {
+            number: [rows_LE[row] for rows_LE in tokens_WLE]
+            for row, number in enumerate(layer_numbers)
+        }
+        return Loads(rows)
 
     @staticmethod
-    def of_window(tokens_LE: Sequence, layer_numbers: Sequence[int]) -> Loads:
+    def of_window(tokens_LE: Sequence[Any], layer_numbers: Sequence[int]) -> Loads:
         """Of one window [L][E]. Errors: ValueError as `of_windows`."""
         return Loads.of_windows([tokens_LE], layer_numbers)
 
@@ -96,28 +98,28 @@ def checked_loads(loads_E: object) -> np.ndarray:
     (counts are integers, so a float comes from a mistake on the way), NaN, negative counts, all
     zero, or a sum beyond int64.
     """
-    (loads,) = _checked_windows([loads_E])
+    loads: np.ndarray = _checked_windows([loads_E])[0]
     if not loads.any():
-        raise ValueError(
+        raise Refusal(
             f"the loads of all {loads.size} experts are zero: no token was counted in the window"
         )
     return loads
 
 
-def _checked_windows(loads_WE: Sequence[object]) -> np.ndarray:
+def _checked_windows(loads_WE: Any) -> np.ndarray:
     """Loads of several windows of a layer as int64 [W, E]."""
     rows = [_checked_row(loads_E) for loads_E in loads_WE]
     if not rows:
-        raise ValueError("there is no window to decide on")
+        raise Refusal("there is no window to decide on")
     sizes = {row.size for row in rows}
     if len(sizes) > 1:
-        raise ValueError(
+        raise Refusal(
             f"the windows have loads of {' and '.join(map(str, sorted(sizes)))} experts: they are "
             "of different models"
         )
     total = sum(sum(row.tolist()) for row in rows)  # Python integers: this sum cannot overflow
     if total > _INT64_MAX:
-        raise ValueError(f"the loads sum to {total}, more than 64-bit integers hold")
+        raise Refusal(f"the loads sum to {total}, more than 64-bit integers hold")
     return np.array([row.astype(np.int64) for row in rows])
 
 
@@ -125,15 +127,15 @@ def _checked_row(loads_E: object) -> np.ndarray:
     try:
         loads = np.asarray(loads_E)
     except ValueError:
-        raise ValueError("loads must be one list of token counts, got lists of lists") from None
+        raise Refusal("loads must be one list of token counts, got lists of lists") from None
     if loads.ndim != 1 or loads.size == 0:
-        raise ValueError(
+        raise Refusal(
             f"loads must be one token count for each expert, got an array of shape {loads.shape}"
         )
     if loads.dtype.kind == "f" and np.isnan(loads).any():
-        raise ValueError(f"the load of expert {int(np.isnan(loads).argmax())} is NaN")
+        raise Refusal(f"the load of expert {int(np.isnan(loads).argmax())} is NaN")
     if loads.dtype.kind not in "iu":
-        raise ValueError(f"loads must be integer token counts, got values of type {loads.dtype}")
+        raise Refusal(f"loads must be integer token counts, got values of type {loads.dtype}")
     if loads.min() < 0:
-        raise ValueError(f"the load of expert {int(loads.argmin())} is negative: {loads.min()}")
+        raise Refusal(f"the load of expert {int(loads.argmin())} is negative: {loads.min()}")
     return loads

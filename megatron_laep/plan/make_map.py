@@ -9,10 +9,14 @@ Shape suffixes: W windows, L MoE layers, E experts of a layer before, K after, R
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
+from megatron_laep.plan.groups import check_kept_groups, experts_to_keep_in_groups, place_groups
 from megatron_laep.plan.layout import LayerLayout, ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.pruning import experts_to_keep
@@ -65,18 +69,26 @@ def kept_experts(
 
     Arguments and errors: as in `make_expert_map`.
     """
-    alpha = rules.alpha_spec
+    loads_E = loads.total(layer.layer_number)
     try:
         _check_expert_count(layer, layout, rules)
-        return experts_to_keep(
-            loads.total(layer.layer_number),
-            alpha=alpha.for_layer(layer.layer_number),
+        rule: dict[str, Any] = dict(
+            alpha=rules.alpha_spec.for_layer(layer.layer_number),
             beta=rules.beta,
             multiple=rules.multiple_for(layout.expert_parallel_size_after),
             minimum=fewest_kept(layer, layout, rules),
         )
+        if layout.groups is None:
+            return experts_to_keep(loads_E, **rule)
+        return experts_to_keep_in_groups(
+            loads_E,
+            layout.groups,
+            by_group=rules.group_rule == "group",
+            top_k=layout.top_k,
+            **rule,
+        )
     except ValueError as error:
-        raise ValueError(f"layer {layer.layer_number}: {error}") from None
+        raise Refusal(f"layer {layer.layer_number}: {error}") from None
 
 
 def check_counts(layout: ModelLayout, rules: PruningRules) -> None:
@@ -89,18 +101,18 @@ def check_counts(layout: ModelLayout, rules: PruningRules) -> None:
             _check_expert_count(layer, layout, rules)
         except ValueError as error:
             number = layer.layer_number
-            raise ValueError(f"layer {number}, as the model is now: {error}") from None
+            raise Refusal(f"layer {number}, as the model is now: {error}") from None
 
 
 def _check_same_model(loads: Loads, layout: ModelLayout) -> None:
     if set(loads.layer_numbers) != set(layout.layer_numbers):
-        raise ValueError(
+        raise Refusal(
             f"there are loads of layers {sorted(loads.layer_numbers)} for a model with MoE layers "
             f"{list(layout.layer_numbers)}"
         )
     for number, experts in layout.experts.items():
         if loads.experts[number] != experts:
-            raise ValueError(
+            raise Refusal(
                 f"layer {number} has loads of {loads.experts[number]} experts, the model has "
                 f"{experts}"
             )
@@ -116,10 +128,11 @@ def _placed(
     """The layers of one pipeline stage; kept: of each layer number the ids that stay, ascending."""
     ranks = layout.expert_parallel_size_after
     numbers = [layer.layer_number for layer in stage]
-    placements = place_stage(
+    place = place_stage if layout.groups is None else partial(place_groups, groups=layout.groups)
+    placements = place(
         [loads.tokens[number][:, kept[number]] for number in numbers],
-        ranks,
-        rules.placement,
+        num_ranks=ranks,
+        method=rules.placement,
         uneven=rules.multiple_for(ranks) % ranks > 0,
         fewest=0 if rules.allow_empty_ranks else 1,
         max_spread=rules.max_experts_per_rank_spread,
@@ -129,8 +142,8 @@ def _placed(
             layer_number=number,
             experts_before=loads.experts[number],
             kept=kept[number][placement.order],
-            experts_per_rank=placement.experts_per_rank,
-            loads=loads.total(number),
+            experts_per_rank=tuple(placement.experts_per_rank.tolist()),
+            loads=tuple(loads.total(number).tolist()),
         )
         for number, placement in zip(numbers, placements, strict=True)
     ]
@@ -154,15 +167,25 @@ def _check_expert_count(layer: LayerLayout, layout: ModelLayout, rules: PruningR
     ranks, experts = layout.expert_parallel_size_after, layer.experts
     multiple = rules.multiple_for(ranks)
     if experts % multiple:
-        raise ValueError(
+        raise Refusal(
             f"{experts} experts are not a multiple of {multiple} (--laep-expert-multiple, or "
             "the expert-parallel size after pruning): use a divisor of "
             f"{experts} for --laep-expert-multiple and --laep-expert-model-parallel-size"
         )
     if experts < fewest_kept(layer, layout, rules):
-        raise ValueError(
+        raise Refusal(
             f"{experts} experts are too few for top-k {layout.top_k} on {ranks} expert-parallel "
             "ranks"
+        )
+    groups = layout.groups
+    if groups is None:
+        return
+    groups.check_ranks(ranks, "the expert-parallel size after pruning")
+    size, fewest = experts // groups.num_groups, groups.fewest_in_group(layout.top_k)
+    if size < fewest:
+        raise Refusal(
+            f"a group of {size} experts is too small for top-k {layout.top_k} from "
+            f"{groups.group_topk} groups (--moe-router-group-topk): it needs {fewest}"
         )
 
 
@@ -199,30 +222,49 @@ def check_plan(
             f"it is for top-k {expert_map.top_k}, the model has top-k {layout.top_k}"
         )
     if differences:
-        raise ValueError(
+        raise Refusal(
             f"{source} was made for another model: {'; '.join(differences)}. Use the plan of this "
             "model, or leave out --laep-plan to compute one"
         )
     expert_parallel_size = layout.expert_parallel_size_after
     if expert_map.expert_parallel_size_after != expert_parallel_size:
-        raise ValueError(
+        raise Refusal(
             f"{source} places experts on {expert_map.expert_parallel_size_after} expert-parallel "
             f"ranks, the job has {expert_parallel_size} after pruning: use "
             f"--laep-expert-model-parallel-size {expert_map.expert_parallel_size_after}, or a plan "
             f"for {expert_parallel_size}"
         )
+    if layout.groups is not None:
+        layout.groups.check_ranks(expert_parallel_size, f"{source}: expert-parallel size")
+        for layer in expert_map.layers:
+            try:
+                check_kept_groups(
+                    layer.kept, layer.experts_before, layer.experts_per_rank, layout.groups
+                )
+            except ValueError as error:
+                raise Refusal(
+                    f"{source}: layer {layer.layer_number} {error}. Use a plan that was made for "
+                    "these groups"
+                ) from None
+            fewest = layout.groups.fewest_in_group(layout.top_k)
+            size = layer.experts_after // layout.groups.num_groups
+            if size < fewest:
+                raise Refusal(
+                    f"{source}: layer {layer.layer_number} keeps {size} experts in each group, top-k "
+                    f"{layout.top_k} from {layout.groups.group_topk} groups needs {fewest}"
+                )
     counts = {layer.layer_number: np.array(layer.experts_per_rank) for layer in expert_map.layers}
     for number, counts_R in counts.items():
         if not (counts_R.all() or allow_empty_ranks):
-            raise ValueError(
+            raise Refusal(
                 f"{source} gives rank {int(counts_R.argmin())} no expert of layer {number}: add "
                 "--laep-allow-empty-ranks, or use a plan with one on each rank"
             )
     for layers in layout.by_stage.values():
         numbers = [layer.layer_number for layer in layers]
-        held_R = sum(counts[number] for number in numbers)
+        held_R = np.sum([counts[number] for number in numbers], axis=0)
         if not held_R.all():
-            raise ValueError(
+            raise Refusal(
                 f"{source} gives rank {int(held_R.argmin())} no expert of any of the layers "
                 f"{numbers} of a pipeline stage: it would have no expert to optimize; use a plan "
                 "with at least one on each rank"

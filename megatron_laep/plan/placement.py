@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.loads import checked_loads
 
 
@@ -34,7 +35,7 @@ def greedy_ranks(loads_K: object, num_ranks: int, *, equal: bool = True) -> np.n
     """
     loads = checked_loads(loads_K)
     if num_ranks < 1:
-        raise ValueError(f"the number of ranks must be at least 1, got {num_ranks}")
+        raise Refusal(f"the number of ranks must be at least 1, got {num_ranks}")
     room, one_more = divmod(loads.size, num_ranks)
     rank_K = np.empty(loads.size, dtype=np.int64)
     counts = [0] * num_ranks
@@ -55,21 +56,19 @@ def greedy_ranks(loads_K: object, num_ranks: int, *, equal: bool = True) -> np.n
     return rank_K
 
 
-def rank_loads(loads_K: Sequence[int], experts_per_rank: Sequence[int]) -> np.ndarray:
+def rank_loads(loads_K: Sequence[int] | np.ndarray, experts_per_rank: Sequence[int]) -> np.ndarray:
     """Tokens per rank [R] (int64), for loads [K] in the order of placement.
 
     experts_per_rank: experts on each rank [R], sums to K. Errors: ValueError if it does not.
     """
     loads = np.asarray(loads_K, dtype=np.int64)
     if sum(experts_per_rank) != loads.size:
-        raise ValueError(
-            f"{loads.size} loads do not fit {sum(experts_per_rank)} experts on the ranks"
-        )
+        raise Refusal(f"{loads.size} loads do not fit {sum(experts_per_rank)} experts on the ranks")
     blocks = np.split(loads, np.cumsum(experts_per_rank)[:-1])
     return np.array([block.sum() for block in blocks], dtype=np.int64)
 
 
-def imbalance(loads_R: Sequence[int]) -> float:
+def imbalance(loads_R: Sequence[int] | np.ndarray) -> float:
     """Busiest rank / mean rank: 1.0 is even, R is everything on one of R ranks.
 
     Errors: ValueError if all loads are zero.

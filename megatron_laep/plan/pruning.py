@@ -15,8 +15,13 @@ import math
 
 import numpy as np
 
-from megatron_laep.checks import exact_decimal
+from megatron_laep.checks import Refusal, exact_decimal
 from megatron_laep.plan.loads import checked_loads
+
+
+def least_busy_first(loads_E: np.ndarray) -> np.ndarray:
+    """Ids by ascending load; ties: lower id first."""
+    return np.argsort(loads_E, kind="stable")
 
 
 def experts_to_prune(loads_E: object, *, alpha: float, beta: float) -> np.ndarray:
@@ -33,11 +38,11 @@ def experts_to_prune(loads_E: object, *, alpha: float, beta: float) -> np.ndarra
     """
     loads = checked_loads(loads_E)
     if not alpha >= 0:  # also true for NaN
-        raise ValueError(f"alpha must be a number >= 0 or inf, got {alpha}")
+        raise Refusal(f"alpha must be a number >= 0 or inf, got {alpha}")
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be within 0 and 1, got {beta}")
+        raise Refusal(f"beta must be within 0 and 1, got {beta}")
     total = int(loads.sum())
-    order = np.argsort(loads, kind="stable")
+    order = least_busy_first(loads)
     # For integers, x < b is x <= ceil(b) - 1, and x <= b is x <= floor(b).
     cumulative_bound = math.ceil(exact_decimal(beta) * total) - 1
     individual_bound = total
@@ -67,17 +72,17 @@ def experts_to_keep(
     Errors: ValueError as in `experts_to_prune`, or if E cannot fulfil `multiple` or `minimum`.
     """
     pruned = experts_to_prune(loads_E, alpha=alpha, beta=beta)
-    num_experts = len(loads_E)
+    num_experts = np.asarray(loads_E).size
     for name, value in (("multiple", multiple), ("minimum", minimum)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise Refusal(f"{name} must be at least 1, got {value}")
     if num_experts % multiple:
-        raise ValueError(
+        raise Refusal(
             f"{num_experts} experts are not a multiple of {multiple}, so the number that stays "
             f"cannot always be rounded up to one: use a divisor of {num_experts}"
         )
     if minimum > num_experts:
-        raise ValueError(f"at least {minimum} experts must stay, but there are only {num_experts}")
+        raise Refusal(f"at least {minimum} experts must stay, but there are only {num_experts}")
     num_kept = max(num_experts - len(pruned), minimum)
     num_kept = -(-num_kept // multiple) * multiple
     stays = np.ones(num_experts, dtype=bool)

@@ -50,6 +50,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.loads import Loads, checked_loads
 from megatron_laep.plan.pruning import experts_to_prune
 from megatron_laep.settings.rules import PruningRules
@@ -140,9 +141,7 @@ def rank_correlation(before_E: object, now_E: object) -> float:
     """
     before, now = np.asarray(before_E), np.asarray(now_E)
     if before.shape != now.shape or before.ndim != 1 or not before.size:
-        raise ValueError(
-            f"cannot compare the order of loads of shape {before.shape} and {now.shape}"
-        )
+        raise Refusal(f"cannot compare the order of loads of shape {before.shape} and {now.shape}")
     ranks_before, ranks_now = _centred_ranks(before), _centred_ranks(now)
     squares = int(ranks_before @ ranks_before) * int(ranks_now @ ranks_now)
     if not squares:
@@ -183,9 +182,9 @@ def compare(
     alpha, beta: of the rule that would prune, for the churn.
     Errors: ValueError for loads that are no loads, or of different numbers of experts.
     """
-    sizes = [np.size(before_E), np.size(now_E)]
+    sizes = [np.asarray(loads_E).size for loads_E in (before_E, now_E)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"one window has loads of {sizes[0]} experts, the next of {sizes[1]}")
+        raise Refusal(f"one window has loads of {sizes[0]} experts, the next of {sizes[1]}")
     if any(_is_idle(loads) for loads in (before_E, now_E)):
         return Comparison(0.0, 1.0, 1.0, ("no token was counted in a window",))
     rule = {"alpha": alpha, "beta": beta}
@@ -244,7 +243,7 @@ def decide(
                 for before, now in zip(recent, recent[1:], strict=False)
             )
         except ValueError as error:
-            raise ValueError(f"layer {number}: {error}") from None
+            raise Refusal(f"layer {number}: {error}") from None
         layers.append(_judge(number, comparisons, thresholds))
     return StabilityDecision(
         iteration=iteration,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.balancing import balance, rank_sums
 from megatron_laep.plan.placement import greedy_ranks
 
@@ -57,17 +58,17 @@ def place_stage(
     """
     sizes_L = np.array([loads_WK.shape[1] for loads_WK in loads_LWK])
     if num_ranks < 1:
-        raise ValueError(f"the number of ranks must be at least 1, got {num_ranks}")
+        raise Refusal(f"the number of ranks must be at least 1, got {num_ranks}")
     for size in sizes_L:
         if not uneven and size % num_ranks:
-            raise ValueError(
+            raise Refusal(
                 f"{size} experts are not divisible by {num_ranks} ranks: equal counts need a "
                 f"multiple of {num_ranks}"
             )
         if fewest and size < num_ranks:
-            raise ValueError(f"{size} experts are too few for each of {num_ranks} ranks")
+            raise Refusal(f"{size} experts are too few for each of {num_ranks} ranks")
     if sizes_L.sum() < num_ranks:
-        raise ValueError(
+        raise Refusal(
             f"the layers of a stage keep {sizes_L.sum()} experts together, too few for "
             f"{num_ranks} ranks: a rank would hold no expert at all"
         )
@@ -87,7 +88,7 @@ def place_stage(
         if uneven:
             ranks_LK = _uneven(loads_LWK, ranks_LK, num_ranks, fewest, max_spread)
     else:
-        raise ValueError(f"placement must be balanced, greedy or none, got {method!r}")
+        raise Refusal(f"placement must be balanced, greedy or none, got {method!r}")
     return [
         _placement(rank_K, -loads_WK.sum(axis=0), num_ranks)
         for rank_K, loads_WK in zip(ranks_LK, loads_LWK, strict=True)
@@ -268,13 +269,13 @@ class _Stage:
         if too_full:
             fullest = int(held_R.argmax())
             chosen = np.flatnonzero(spare_P & (source_P == fullest))
-            for target in np.flatnonzero(held_R <= held_R[fullest] - 2):
-                moves.append((layer_P[chosen], expert_P[chosen], fullest, int(target)))
+            for emptier in np.flatnonzero(held_R <= held_R[fullest] - 2):
+                moves.append((layer_P[chosen], expert_P[chosen], fullest, int(emptier)))
         if too_empty:
             emptiest = int(held_R.argmin())
-            for source in np.flatnonzero(held_R >= held_R[emptiest] + 2):
-                chosen = np.flatnonzero(spare_P & (source_P == source))
-                moves.append((layer_P[chosen], expert_P[chosen], int(source), emptiest))
+            for fuller in np.flatnonzero(held_R >= held_R[emptiest] + 2):
+                chosen = np.flatnonzero(spare_P & (source_P == fuller))
+                moves.append((layer_P[chosen], expert_P[chosen], int(fuller), emptiest))
         added = [self._added(*move) for move in moves]
         # The first of the cheapest: lower rank, layer, expert.
         best = min((i for i in range(len(moves)) if added[i].size), key=lambda i: added[i].min())
@@ -297,7 +298,8 @@ class _Stage:
         more_PW = self._sums_LWR[layer_P, :, target] + loads_PW
         busiest_PW = np.maximum(np.maximum(less_PW, more_PW), others_LW[layer_P])
         before_L = self._sums_LWR.max(axis=2).sum(axis=1)
-        return busiest_PW.sum(axis=1) - before_L[layer_P]
+        added_P: np.ndarray = busiest_PW.sum(axis=1) - before_L[layer_P]
+        return added_P
 
 
 def _too_full_or_empty(held_R: np.ndarray, max_spread: int | None) -> tuple[bool, bool]:

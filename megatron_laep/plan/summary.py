@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.placement import imbalance, imbalance_bound, rank_loads
@@ -114,14 +117,18 @@ class PruningSummary:
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
 
-    def format_table(self) -> str:
-        """The table as text, all layers, then the totals; lines without trailing newline."""
+    def format_table(self, num_groups: int | None = None) -> str:
+        """The table as text, all layers, then the totals; lines without trailing newline.
+
+        num_groups: the groups that the router limits itself to get a column; None: it does not.
+        """
         table = tabulate(
             [
                 (
                     row.layer_number,
                     row.experts_before,
                     row.experts_after,
+                    *([row.experts_after // num_groups] if num_groups else []),
                     _fixed(row.tokens_rerouted_percent, 2),
                     _fixed(row.imbalance_before, 3),
                     _fixed(row.imbalance_after, 3),
@@ -134,6 +141,7 @@ class PruningSummary:
                 "layer",
                 "experts\nbefore",
                 "experts\nafter",
+                *([f"in each of\n{num_groups} groups"] if num_groups else []),
                 "tokens\nre-routed %",
                 "busiest rank\n/ mean before",
                 "busiest rank\n/ mean after",
@@ -148,7 +156,11 @@ class PruningSummary:
             ("experts", f"{self.experts_before} -> {self.experts_after} (-{removed:.1f} %)"),
             ("tokens re-routed", f"{_fixed(self.tokens_rerouted_percent, 2)} %"),
         ]
-        if self.parameters_before is not None:
+        if (
+            self.parameters_before is not None
+            and self.parameters_after is not None
+            and self.memory_freed_bytes_per_rank is not None
+        ):
             totals += [
                 (
                     "parameters",
@@ -165,16 +177,11 @@ class PruningSummary:
                 "\n* one expert alone has more tokens than a rank's fair share: no placement goes "
                 "below the bound"
             )
-        return "\n\n".join(
-            (
-                table,
-                self._format_stages(),
-                tabulate(totals, tablefmt="plain", disable_numparse=True),
-            )
-        )
+        totals_table = tabulate(totals, tablefmt="plain", disable_numparse=True)
+        return "\n\n".join((table, self._format_stages(), totals_table))
 
     def _format_stages(self) -> str:
-        return tabulate(
+        table: str = tabulate(
             [
                 (
                     row.stage,
@@ -193,6 +200,7 @@ class PruningSummary:
             disable_numparse=True,
             stralign="right",
         )
+        return table
 
 
 def summarize(
@@ -214,19 +222,17 @@ def summarize(
     Errors: ValueError for a pipeline_parallel_size below 1.
     """
     if pipeline_parallel_size < 1:
-        raise ValueError(f"pipeline_parallel_size must be at least 1, got {pipeline_parallel_size}")
+        raise Refusal(f"pipeline_parallel_size must be at least 1, got {pipeline_parallel_size}")
     ranks_before = expert_map.expert_parallel_size_before
     experts_before = sum(layer.experts_before for layer in expert_map.layers)
     experts_after = sum(layer.experts_after for layer in expert_map.layers)
     known = [layer for layer in expert_map.layers if layer.loads]
+    blocks_LR: Sequence[Sequence[int] | None] = blocks_before or [
+        _equal(layer, ranks_before) for layer in expert_map.layers
+    ]
     return PruningSummary(
         rows=tuple(
-            _row(layer, blocks)
-            for layer, blocks in zip(
-                expert_map.layers,
-                blocks_before or [_equal(layer, ranks_before) for layer in expert_map.layers],
-                strict=True,
-            )
+            _row(layer, blocks) for layer, blocks in zip(expert_map.layers, blocks_LR, strict=True)
         ),
         stages=_stage_rows(expert_map, ModelLayout.before(expert_map, stages)),
         expert_map_hash=expert_map.hash,
@@ -246,7 +252,7 @@ def _sizes(
     experts_before: int,
     experts_after: int,
     pipeline_parallel_size: int,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """The fields of `PruningSummary` that follow from the model's size."""
     names = ("parameters_before", "parameters_after", "parameters_removed_percent")
     if size is None:
@@ -290,7 +296,7 @@ def _row(layer: LayerMap, blocks_before: Sequence[int] | None) -> LayerRow:
         imbalance_before=before,
         imbalance_after=after,
         imbalance_bound=bound,
-        distance_from_bound=None if bound is None else after / bound,
+        distance_from_bound=None if after is None or bound is None else after / bound,
         hottest_expert=hottest,
     )
 
@@ -302,9 +308,12 @@ def _stage_rows(expert_map: ExpertMap, layout: ModelLayout) -> tuple[StageRow, .
         counts = [sum(column) for column in zip(*(x.experts_per_rank for x in layers), strict=True)]
         shares = None
         if all(layer.loads for layer in layers):
-            tokens = sum(
-                rank_loads([layer.loads[i] for i in layer.kept], layer.experts_per_rank)
-                for layer in layers
+            tokens = np.sum(
+                [
+                    rank_loads([layer.loads[i] for i in layer.kept], layer.experts_per_rank)
+                    for layer in layers
+                ],
+                axis=0,
             )
             if tokens.any():
                 shares = tuple((100 * tokens / tokens.sum()).tolist())
@@ -348,7 +357,7 @@ def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def scaled(number: int) -> str:
+def scaled(number: float) -> str:
     """Parameters in units of thousand, million or billion (B also beyond: 1515.0 B)."""
     for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= factor:

@@ -14,6 +14,7 @@ import logging
 import operator
 import os
 from pathlib import Path
+from typing import Any
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -36,11 +37,11 @@ def append(path: Path, decision: dict[str, object]) -> None:
         file.write((("\n" if torn else "") + line).encode())
 
 
-def read(path: Path) -> list[dict[str, object]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """The decisions, by iteration; [] without a file. ``row`` is each one's line, from 1."""
     if not path.is_file():
         return []
-    decisions: list[dict[str, object]] = []
+    decisions: list[dict[str, Any]] = []
     for row, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line:
             continue

@@ -40,9 +40,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megatron_laep.checks import Refusal, whole_number, whole_numbers
 from megatron_laep.json_text import read_json
 
 _LOGGER = logging.getLogger(__name__)
@@ -88,32 +90,30 @@ class LoadLogHeader:
 
     def __post_init__(self) -> None:
         for name in ("layer_numbers", "expert_counts"):
-            values = checked_integers(getattr(self, name), name, minimum=1)
+            values = whole_numbers(getattr(self, name), name, 1)
             object.__setattr__(self, name, values)
         for name in ("top_k", "interval"):
-            object.__setattr__(
-                self, name, checked_integers([getattr(self, name)], name, minimum=1)[0]
-            )
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
         for name in ("lineage", "original_ids", "experts_per_rank"):
             if not isinstance(getattr(self, name), list | tuple):
-                raise ValueError(f"{name} must be a list, got {getattr(self, name)!r}")
+                raise Refusal(f"{name} must be a list, got {getattr(self, name)!r}")
         if not all(isinstance(text, str) and len(text) >= 12 for text in self.lineage):
-            raise ValueError(f"lineage must be a list of map hashes, got {list(self.lineage)!r}")
+            raise Refusal(f"lineage must be a list of map hashes, got {list(self.lineage)!r}")
         object.__setattr__(self, "lineage", tuple(self.lineage))
         for name in ("original_ids", "experts_per_rank"):
-            rows = tuple(checked_integers(row, name, minimum=0) for row in getattr(self, name))
+            rows = tuple(whole_numbers(row, name, 0) for row in getattr(self, name))
             object.__setattr__(self, name, rows)
         numbers, counts = self.layer_numbers, self.expert_counts
         if not numbers or list(numbers) != sorted(set(numbers)):
-            raise ValueError(f"layer_numbers must be ascending, got {list(numbers)}")
+            raise Refusal(f"layer_numbers must be ascending, got {list(numbers)}")
         if len(counts) != len(numbers):
-            raise ValueError(f"{len(counts)} expert_counts for {len(numbers)} layer_numbers")
+            raise Refusal(f"{len(counts)} expert_counts for {len(numbers)} layer_numbers")
         if len(numbers) * max(counts) * 8 >= 2**31:
-            raise ValueError(
+            raise Refusal(
                 f"{len(numbers)} layers of {max(counts)} experts are more than a record holds"
             )
         if self.original_ids and tuple(map(len, self.original_ids)) != counts:
-            raise ValueError("original_ids must have one id for each expert of each layer")
+            raise Refusal("original_ids must have one id for each expert of each layer")
         if self.experts_per_rank:
             checked_blocks(self.experts_per_rank, counts)
 
@@ -147,20 +147,20 @@ class LoadLogHeader:
         }
 
     @staticmethod
-    def from_dict(data: Mapping[str, object]) -> LoadLogHeader:
+    def from_dict(data: Mapping[str, Any]) -> LoadLogHeader:
         """The value that ``to_dict`` wrote. Errors: ValueError for another version or damage."""
         if data.get("version") != VERSION:
-            raise ValueError(
+            raise Refusal(
                 f"it has version {data.get('version')!r}, this megatron_laep reads {VERSION}: use "
                 "the version that wrote it"
             )
         data = {"experts_per_rank": (), **data}  # younger than the format
         missing = [name for name in _KEYS if name not in data]
         if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}: restore the file")
+            raise Refusal(f"it lacks {', '.join(missing)}: restore the file")
         header = LoadLogHeader(**{name: data[name] for name in _KEYS})
         if data.get("dtype") != [list(field) for field in header._fields()]:
-            raise ValueError("its dtype does not fit its layers and experts: restore the file")
+            raise Refusal("its dtype does not fit its layers and experts: restore the file")
         return header
 
 
@@ -171,42 +171,29 @@ def token_counts(values: object, where: str) -> np.ndarray:
     except ValueError:
         counts = np.empty((0, 0))
     if isinstance(values, list | tuple) and bool in set(map(type, values)):
-        raise ValueError(f"{where}: loads must be token counts, got true or false")
+        raise Refusal(f"{where}: loads must be token counts, got true or false")
     if counts.ndim != 1:
-        raise ValueError(f"{where}: loads must be one list of token counts")
+        raise Refusal(f"{where}: loads must be one list of token counts")
     if counts.dtype.kind == "f" and np.isnan(counts).any():
-        raise ValueError(f"{where}: the load of expert {int(np.isnan(counts).argmax())} is NaN")
+        raise Refusal(f"{where}: the load of expert {int(np.isnan(counts).argmax())} is NaN")
     if counts.size and (counts.dtype.kind not in "iu" or counts.max() >= 2**63):
-        raise ValueError(f"{where}: loads must be 64-bit integer token counts")
+        raise Refusal(f"{where}: loads must be 64-bit integer token counts")
     if counts.size and counts.min() < 0:
         expert = int(counts.argmin())
-        raise ValueError(f"{where}: the load of expert {expert} is negative: {counts[expert]}")
+        raise Refusal(f"{where}: the load of expert {expert} is negative: {counts[expert]}")
     return counts.astype(np.int64)
 
 
 def checked_blocks(value: object, expert_counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Experts on each rank, for each layer, if they are those of layers of `expert_counts`."""
     if not isinstance(value, list | tuple) or len(value) != len(expert_counts):
-        raise ValueError(
-            f"experts_per_rank must have a list for each of {len(expert_counts)} layers"
-        )
-    blocks = tuple(checked_integers(row, "experts_per_rank", minimum=0) for row in value)
+        raise Refusal(f"experts_per_rank must have a list for each of {len(expert_counts)} layers")
+    blocks = tuple(whole_numbers(row, "experts_per_rank", 0) for row in value)
     if list(map(sum, blocks)) != list(expert_counts) or len(set(map(len, blocks))) != 1:
-        raise ValueError(
+        raise Refusal(
             "experts_per_rank must sum to the experts of each layer, on equally many ranks"
         )
     return blocks
-
-
-def checked_integers(values: object, what: str, minimum: int) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{what} must be a list of integers, got {values!r}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-            raise ValueError(f"{what} must be integers of at least {minimum}, got {value!r}")
-        if value >= 2**62:
-            raise ValueError(f"{what}: {value} is more than 64-bit integers hold")
-    return tuple(int(value) for value in values)
 
 
 def crc32_of(record: bytes) -> int:
@@ -230,9 +217,9 @@ def read_header(path: Path) -> LoadLogHeader:
     try:
         data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError("it is not the header of a load log")
+            raise Refusal("it is not the header of a load log")
         return LoadLogHeader.from_dict(data)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: without it the records have no meaning") from None
+        raise Refusal(f"{path} is missing: without it the records have no meaning") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise Refusal(f"{path}: {error}") from None

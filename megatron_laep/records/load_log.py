@@ -14,11 +14,14 @@ from __future__ import annotations
 import bisect
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megatron_laep.checks import Refusal, whole_number, whole_numbers
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import near_equal_blocks
 from megatron_laep.plan.loads import Loads
@@ -26,12 +29,11 @@ from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.windows import part_ends
 from megatron_laep.records.load_format import (
     FORMAT,
-    checked_blocks,
-    checked_integers,
     read_header,
     sound_records,
     token_counts,
 )
+from megatron_laep.records.pruning_loads import PruningLoads, facts_of_model
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class LoadLog:
 
     def _check_windows(self, windows: int) -> None:
         if not 1 <= windows <= self.num_windows:
-            raise ValueError(
+            raise Refusal(
                 f"{self.source} holds {self.num_windows} windows: the last {windows} were asked for"
             )
 
@@ -131,7 +133,7 @@ class LoadLog:
         """
         seen = self.last_iterations <= iteration
         if not seen.any():
-            raise ValueError(
+            raise Refusal(
                 f"{self.source} has no window that ends at iteration {iteration} or before: "
                 f"the first one ends at {self.last_iterations[0]}"
             )
@@ -152,7 +154,7 @@ class LoadLog:
         """
         ranks = expert_parallel_size or int(self.expert_parallel_sizes[index])
         if not ranks:
-            raise ValueError(f"{self.source} does not say on how many expert-parallel ranks it was")
+            raise Refusal(f"{self.source} does not say on how many expert-parallel ranks it was")
         rows = zip(self.window(index), self.blocks(ranks), strict=True)
         return np.stack([rank_loads(row, counts) for row, counts in rows])
 
@@ -166,7 +168,7 @@ class LoadLog:
         try:
             return near_equal_blocks(self.expert_counts, expert_parallel_size)
         except ValueError as error:
-            raise ValueError(f"{self.source}: {error}") from None
+            raise Refusal(f"{self.source}: {error}") from None
 
 
 def read(path: str | os.PathLike, data: object = None) -> LoadLog:
@@ -186,11 +188,11 @@ def read(path: str | os.PathLike, data: object = None) -> LoadLog:
             return _read_log(path)
         return _from_json(read_json(path) if data is None else data, path)
     except OSError as error:
-        raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+        raise Refusal(f"{error.filename or path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         # The header's sentences name the header, which differs in its ending.
         prefix = "" if str(path.with_suffix("")) in str(error) else f"{path}: "
-        raise ValueError(f"{prefix}{error}") from None
+        raise Refusal(f"{prefix}{error}") from None
 
 
 def find_logs(folder: Path) -> list[Path]:
@@ -206,16 +208,16 @@ def find_logs(folder: Path) -> list[Path]:
 
 def _find(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{path}: there is no such file or folder")
+        raise Refusal(f"{path}: there is no such file or folder")
     if not path.is_dir():
         return path
     logs = find_logs(path) or find_logs(path / "laep")
     if len(logs) == 1:
         return logs[0]
     if not logs:
-        raise ValueError(f"{path} holds no recorded loads (loads-*.bin with its .json)")
+        raise Refusal(f"{path} holds no recorded loads (loads-*.bin with its .json)")
     listed = ", ".join(str(log) for log in logs)
-    raise ValueError(f"{path} holds {len(logs)} logs, one for each model: name one of {listed}")
+    raise Refusal(f"{path} holds {len(logs)} logs, one for each model: name one of {listed}")
 
 
 def _read_log(path: Path) -> LoadLog:
@@ -227,7 +229,7 @@ def _read_log(path: Path) -> LoadLog:
         _LOGGER.warning("%s: skipped the last %d bytes, an incomplete record", path, rest)
     damaged = np.flatnonzero(~sound)
     if len(records) and len(damaged) == len(records):
-        raise ValueError(
+        raise Refusal(
             f"all of its {len(records)} records have wrong checksums: the file was damaged, or is "
             "no log of loads"
         )
@@ -266,38 +268,28 @@ def _from_json(data: object, path: Path) -> LoadLog:
     if isinstance(data, dict) and data.get("format") == FORMAT:
         return _read_log(path.with_suffix(".bin"))
     if not isinstance(data, dict) or not {"layer_numbers", "tokens"} <= set(data):
-        raise ValueError(
+        raise Refusal(
             "this holds no recorded loads: the fields layer_numbers and tokens are missing"
         )
     if "last_iteration_of_window" in data:
-        lasts, interval = data["last_iteration_of_window"], data.get("window_iterations")
-        windows = data["tokens"]
-    elif "iteration" in data:
-        lasts, interval, windows = [data["iteration"]], data.get("window"), [data["tokens"]]
-    else:
-        raise ValueError("the field last_iteration_of_window (or iteration) is missing")
-    numbers = checked_integers(data["layer_numbers"], "layer_numbers", minimum=1)
-    lasts = checked_integers(lasts, "the last iterations of the windows", minimum=1)
-    (interval,) = checked_integers([interval], "the iterations of a window", minimum=1)
+        return _of_windows(data, path)
+    if "iteration" in data:
+        return of_pruning(PruningLoads.from_dict(data), path)
+    raise Refusal("the field last_iteration_of_window (or iteration) is missing")
+
+
+def _of_windows(data: Mapping[str, Any], path: Path) -> LoadLog:
+    """JSON of one row of matrices."""
+    numbers = whole_numbers(data["layer_numbers"], "layer_numbers", 1)
+    lasts = whole_numbers(data["last_iteration_of_window"], "the last iterations of the windows", 1)
+    interval = whole_number(data.get("window_iterations"), "the iterations of a window", 1)
+    windows = data["tokens"]
     if not isinstance(windows, list) or len(windows) != len(lasts):
-        raise ValueError(f"tokens must hold one matrix for each of the {len(lasts)} windows")
+        raise Refusal(f"tokens must hold one matrix for each of the {len(lasts)} windows")
     tokens, sizes = _padded(windows, numbers, lasts)
-    optional = {
-        name: checked_integers([data[name]], name, minimum=1)[0]
-        for name in ("top_k", "expert_parallel_size")
-        if data.get(name) is not None
-    }
-    stages = None
-    if data.get("stages") is not None:
-        of_layers = checked_integers(data["stages"], "stages", minimum=0)
-        if len(of_layers) != len(numbers):
-            raise ValueError(f"there are {len(of_layers)} stages for {len(numbers)} layers")
-        stages = dict(zip(numbers, of_layers, strict=True))
-    blocks = ()
-    if data.get("experts_per_rank") is not None:
-        blocks = checked_blocks(data["experts_per_rank"], sizes)
+    facts = facts_of_model(data, dict(zip(numbers, sizes, strict=True)))
     last_iterations = np.array(lasts, dtype=np.int64)
-    log = _checked(
+    return _checked(
         LoadLog(
             source=str(path),
             layer_numbers=numbers,
@@ -305,41 +297,43 @@ def _from_json(data: object, path: Path) -> LoadLog:
             first_iterations=last_iterations - interval + 1,
             last_iterations=last_iterations,
             tokens_WLE=tokens,
-            expert_parallel_sizes=np.full(len(lasts), optional.get("expert_parallel_size", 0)),
-            top_k=optional.get("top_k"),
-            stages=stages,
-            experts_per_rank=blocks,
+            expert_parallel_sizes=np.full(len(lasts), facts.get("expert_parallel_size", 0)),
+            top_k=facts.get("top_k"),
+            stages=_by_layer(facts.get("stages"), numbers),
+            experts_per_rank=facts.get("experts_per_rank", ()),
         )
     )
-    return _in_parts(log, data["parts"]) if data.get("parts") else log
 
 
-def _in_parts(log: LoadLog, parts: object) -> LoadLog:
-    """A job's decision window as the parts that it was decided on: objects of `last_iteration` and
-    `tokens`."""
-    fields = {"last_iteration", "tokens"}
-    if log.num_windows != 1 or not isinstance(parts, list):
-        raise ValueError("parts must be a list, of the one window that tokens are of")
-    if any(not isinstance(part, dict) or not fields <= set(part) for part in parts):
-        raise ValueError("each of the parts must have the fields last_iteration and tokens")
-    lasts = checked_integers(
-        [part["last_iteration"] for part in parts], "the last iterations of the parts", minimum=1
-    )
-    tokens, sizes = _padded([part["tokens"] for part in parts], log.layer_numbers, lasts)
-    whole = log.tokens_WLE[0]
-    if sizes != log.expert_counts or (tokens.sum(axis=0) != whole).any():
-        raise ValueError("the tokens of the parts do not sum up to tokens: the file was edited")
-    last_iterations = np.array(lasts, dtype=np.int64)
+def of_pruning(pruning: PruningLoads, path: Path) -> LoadLog:
+    """The window that a job pruned on, as the parts that it was decided on.
+
+    Errors: ValueError if the iterations cannot be.
+    """
+    loads, ends = pruning.loads, np.array(pruning.ends, dtype=np.int64)
+    counts = tuple(loads.experts.values())
+    tokens = np.zeros((len(ends), len(counts), max(counts)), dtype=np.int64)
+    for row, loads_WE in enumerate(loads.tokens.values()):
+        tokens[:, row, : loads_WE.shape[1]] = loads_WE
     return _checked(
-        replace(
-            log,
-            first_iterations=np.array([log.first_iterations[0], *(last_iterations[:-1] + 1)]),
-            last_iterations=last_iterations,
+        LoadLog(
+            source=str(path),
+            layer_numbers=loads.layer_numbers,
+            expert_counts=counts,
+            first_iterations=np.array([ends[-1] - pruning.window + 1, *(ends[:-1] + 1)]),
+            last_iterations=ends,
             tokens_WLE=tokens,
-            expert_parallel_sizes=np.repeat(log.expert_parallel_sizes, len(lasts)),
-            decision_windows=len(lasts),
+            expert_parallel_sizes=np.full(len(ends), pruning.expert_parallel_size or 0),
+            top_k=pruning.top_k,
+            stages=_by_layer(pruning.stages, loads.layer_numbers),
+            experts_per_rank=pruning.experts_per_rank,
+            decision_windows=len(ends),
         )
     )
+
+
+def _by_layer(stages: tuple[int, ...] | None, numbers: tuple[int, ...]) -> dict[int, int] | None:
+    return None if stages is None else dict(zip(numbers, stages, strict=True))
 
 
 def _padded(
@@ -349,7 +343,7 @@ def _padded(
     rows_WL = []
     for matrix, last in zip(windows, lasts, strict=True):
         if not isinstance(matrix, list) or len(matrix) != len(numbers):
-            raise ValueError(
+            raise Refusal(
                 f"the window that ends at iteration {last} must have one row of tokens for "
                 f"each of the {len(numbers)} layers"
             )
@@ -359,12 +353,10 @@ def _padded(
         )
     shapes = {tuple(map(len, rows_L)) for rows_L in rows_WL}
     if len(shapes) > 1:
-        raise ValueError(
-            "the windows have different numbers of experts: they are of different models"
-        )
+        raise Refusal("the windows have different numbers of experts: they are of different models")
     sizes = shapes.pop() if shapes else (0,) * len(numbers)
     if rows_WL and not all(sizes):
-        raise ValueError(f"layer {numbers[sizes.index(0)]} has no experts")
+        raise Refusal(f"layer {numbers[sizes.index(0)]} has no experts")
     tokens = np.zeros((len(rows_WL), len(numbers), max(sizes, default=0)), dtype=np.int64)
     for window, rows_L in enumerate(rows_WL):
         for row, tokens_E in enumerate(rows_L):
@@ -375,27 +367,25 @@ def _padded(
 def _checked(log: LoadLog) -> LoadLog:
     """The same, if it can be what it says."""
     if not log.num_windows:
-        raise ValueError("there is no complete window in it yet")
+        raise Refusal("there is no complete window in it yet")
     if not log.layer_numbers or len(set(log.layer_numbers)) != len(log.layer_numbers):
-        raise ValueError(f"layer_numbers must be different ones, got {list(log.layer_numbers)}")
+        raise Refusal(f"layer_numbers must be different ones, got {list(log.layer_numbers)}")
     if (log.first_iterations < 1).any() or (
         log.last_iterations[:-1] >= log.first_iterations[1:]
     ).any():
-        raise ValueError(
-            "the windows must be ascending, without overlaps, and begin at iteration 1"
-        )
+        raise Refusal("the windows must be ascending, without overlaps, and begin at iteration 1")
     if log.tokens_WLE.min() < 0:
         window, row, expert = np.argwhere(log.tokens_WLE < 0)[0]
-        raise ValueError(
+        raise Refusal(
             f"layer {log.layer_numbers[row]}: the load of expert {expert} is negative: "
             f"{log.tokens_WLE[window, row, expert]}"
         )
     for row, count in enumerate(log.expert_counts):
         if log.tokens_WLE[:, row, count:].any():
-            raise ValueError(
+            raise Refusal(
                 f"layer {log.layer_numbers[row]} has tokens beyond its {count} experts: the header "
                 "is of another model"
             )
     if log.tokens_WLE.sum(axis=(0, 2), dtype=np.float64).max() >= 2.0**63:
-        raise ValueError("the loads of a layer sum to more than 64-bit integers hold")
+        raise Refusal("the loads of a layer sum to more than 64-bit integers hold")
     return log

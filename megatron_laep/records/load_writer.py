@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.records.load_format import (
     LoadLogHeader,
     crc32_of,
@@ -69,7 +70,7 @@ class LoadLogWriter:
         self,
         first: int,
         last: int,
-        tokens_LE: Sequence[Sequence[int]],
+        tokens_LE: Sequence[Sequence[int] | np.ndarray],
         *,
         expert_parallel_size: int,
     ) -> None:
@@ -83,9 +84,9 @@ class LoadLogWriter:
         """
         header = self._header
         if not 1 <= first <= last:
-            raise ValueError(f"a window from iteration {first} to {last} is none")
+            raise Refusal(f"a window from iteration {first} to {last} is none")
         if [len(row) for row in tokens_LE] != list(header.expert_counts):
-            raise ValueError(
+            raise Refusal(
                 f"{self.path}: loads of {[len(row) for row in tokens_LE]} experts, the file is for "
                 f"{list(header.expert_counts)}"
             )
@@ -125,7 +126,7 @@ class LoadLogWriter:
 def _check_same_model(found: LoadLogHeader, wanted: LoadLogHeader, path: Path) -> None:
     for name in ("layer_numbers", "expert_counts", "top_k", "lineage", "original_ids"):
         if getattr(found, name) != getattr(wanted, name):
-            raise ValueError(
+            raise Refusal(
                 f"{path} is of another model: its {name} is {getattr(found, name)}, this job's "
                 f"{getattr(wanted, name)}. Use another --save, or move the file away"
             )

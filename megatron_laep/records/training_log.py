@@ -1,6 +1,6 @@
 """What a run printed: Megatron's lines, the package's events, the arguments; read from train.log.
 
-Stands after a run: `scripts/summarize_run.py` and `tools/report.py` read logs through it. Every
+Stands after a run: `laep summary` and `laep report` read logs through it. Every
 value carries the row of the log that it stands in, so that a figure can be traced to it. Needs no
 torch.
 """
@@ -11,6 +11,11 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from megatron_laep.checks import Refusal
+
+LOG_NAME = "train.log"
+"""Where the tools look for a job's output, in its --save folder."""
 
 _COUNT = r"\d{1,18}"
 _ITERATION = re.compile(rf"\biteration +({_COUNT})/ *({_COUNT}) \|(.*)")
@@ -128,7 +133,7 @@ def parse_log(text: str) -> TrainingLog:
                 row=row,
             )
     if not lines:
-        raise ValueError(
+        raise Refusal(
             "the log has no line of the form 'iteration  10/  300 | ...': the training stopped "
             "before its first iteration, or the file is not the output of Megatron's loop"
         )
@@ -146,7 +151,7 @@ def _number(text: str, row: int) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(
+        raise Refusal(
             f"row {row} of the log has {text.strip()!r} where a number belongs: two outputs were "
             "mixed, or the file was edited; mend or remove the row"
         ) from None

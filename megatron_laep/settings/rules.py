@@ -12,7 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_laep.checks import Refusal, number_within, whole_number
+from megatron_laep.settings.fields import flag, setting
+
 PLACEMENTS = ("balanced", "greedy", "none")
+GROUP_RULES = ("group", "layer")
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,59 @@ class PruningRules:
     `validate`.
     """
 
-    alpha: str = "0.4"
-    beta: float = 0.1
-    expert_multiple: int | None = None
-    placement: str = "balanced"
-    allow_empty_ranks: bool = False
-    max_experts_per_rank_spread: int | None = None
+    alpha: str = setting(
+        "0.4",
+        "Prune an expert only if its load is at most alpha times the mean load of its layer. "
+        "One number >= 0, inf for no such limit, or numbers by layer range, such as "
+        "0.2:1-10,0.4:11-93,0.2:94-103 (layers count from 1; every MoE layer in exactly one "
+        "range; default: {default}).",
+        metavar="SPEC",
+    )
+    beta: float = setting(
+        0.1,
+        "Prune only among the least busy experts that together got less than the share X (0 "
+        "to 1) of their layer's tokens; 0 prunes nothing (default: {default}).",
+        metavar="X",
+        type=float,
+    )
+    expert_multiple: int | None = setting(
+        None,
+        "Round the number of experts that a layer keeps up to a multiple of M (default: the "
+        "expert-parallel size after pruning). With a multiple of that size, each rank holds equally "
+        "many experts of a layer; with another one, such as 1, the ranks' counts may differ.",
+        metavar="M",
+        type=int,
+    )
+    placement: str = setting(
+        "balanced",
+        "balanced: place the kept experts so that the busiest expert-parallel rank has the "
+        "fewest tokens, mean over parts of the window. greedy: LAEP Algorithm 2, where counts may "
+        "differ without its limit on the experts of a rank. none: keep their order, in blocks as "
+        "equal as possible (default: {default}).",
+        choices=PLACEMENTS,
+    )
+    allow_empty_ranks: bool = setting(
+        False,
+        "Where counts may differ, a rank may hold no expert of a layer, if it holds one of "
+        "another layer of its pipeline stage (default: at least one of each layer).",
+    )
+    max_experts_per_rank_spread: int | None = setting(
+        None,
+        "Where counts may differ: how many experts, over all layers of a pipeline stage, the "
+        "fullest rank may have more than the emptiest; 0 is taken for 1 where they do not divide "
+        "(default: the fullest rank at most 2 %% above the mean, or as near to it as whole experts "
+        "come).",
+        metavar="S",
+        type=int,
+    )
+    group_rule: str = setting(
+        "group",
+        "With --moe-router-num-groups, where all groups of a layer keep as many experts as the one "
+        "that keeps the most. group: alpha and beta are applied to each group by itself, so that a "
+        "busy group does not keep idle experts of the others. layer: to the whole layer "
+        "(default: {default}).",
+        choices=GROUP_RULES,
+    )
 
     @cached_property
     def alpha_spec(self) -> AlphaSpec:
@@ -42,31 +93,24 @@ class PruningRules:
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the model. Errors: ValueError that names the flag."""
-        multiple = self.expert_multiple
-        if multiple is not None and (
-            not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1
-        ):
-            raise ValueError(
-                f"--laep-expert-multiple must be an integer of at least 1, got {multiple!r}"
-            )
+        if self.expert_multiple is not None:
+            whole_number(self.expert_multiple, flag("expert_multiple"), 1)
         AlphaSpec.parse(self.alpha)
-        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
-            raise ValueError(f"--laep-beta must be a number within 0 and 1, got {self.beta!r}")
-        if not 0.0 <= self.beta <= 1.0:  # false for NaN too
-            raise ValueError(f"--laep-beta must be within 0 and 1, got {self.beta}")
+        number_within(self.beta, flag("beta"), 0, 1)
         if self.placement not in PLACEMENTS:
-            raise ValueError(
+            raise Refusal(
                 f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
+            )
+        if self.group_rule not in GROUP_RULES:
+            raise Refusal(
+                f"--laep-group-rule must be one of {', '.join(GROUP_RULES)}, got "
+                f"{self.group_rule!r}"
             )
         spread = self.max_experts_per_rank_spread
         if spread is not None:
-            if not isinstance(spread, int) or isinstance(spread, bool) or spread < 0:
-                raise ValueError(
-                    f"--laep-max-experts-per-rank-spread must be an integer of at least 0, got "
-                    f"{spread!r}"
-                )
+            whole_number(spread, flag("max_experts_per_rank_spread"), 0)
             if self.placement != "balanced":
-                raise ValueError(
+                raise Refusal(
                     f"--laep-max-experts-per-rank-spread {spread} needs --laep-placement balanced: "
                     f"{self.placement} does not look at the number of experts"
                 )
@@ -105,14 +149,14 @@ class AlphaSpec:
         Errors: ValueError for junk, negative or NaN alpha, reversed or overlapping ranges.
         """
         if not isinstance(text, str):
-            raise ValueError(f"--laep-alpha must be a string such as '0.4', got {text!r}")
+            raise Refusal(f"--laep-alpha must be a string such as '0.4', got {text!r}")
         if ":" not in text:
             return AlphaSpec(uniform=_parse_alpha(text, text))
         ranges = tuple(_parse_range(part, text) for part in text.split(","))
         by_start = sorted(ranges, key=lambda item: (item.first, item.last))
         for left, right in zip(by_start, by_start[1:], strict=False):
             if right.first <= left.last:
-                raise ValueError(
+                raise Refusal(
                     f"--laep-alpha {text}: ranges {left} and {right} both name layer "
                     f"{right.first}; give each layer one alpha"
                 )
@@ -125,7 +169,7 @@ class AlphaSpec:
         for item in self.ranges:
             if item.first <= layer_number <= item.last:
                 return item.alpha
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha has no range for MoE layer {layer_number}, only "
             f"{','.join(map(str, self.ranges))}: add {layer_number} to a range"
         )
@@ -141,7 +185,7 @@ class AlphaSpec:
             num_layers = moe_layer_numbers[-1]
         for item in self.ranges:
             if item.last > num_layers:
-                raise ValueError(
+                raise Refusal(
                     f"--laep-alpha range {item} names layer {item.last}, but the model has "
                     f"{num_layers} layers: end the range at {num_layers} or before"
                 )
@@ -153,12 +197,12 @@ def _parse_alpha(number: str, text: str) -> float:
     try:
         alpha = float(number)
     except ValueError:
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha {text!r}: {number!r} is not a number; give one number such as 0.4, or "
             "numbers by layer range such as 0.2:1-10,0.4:11-93,0.2:94-103"
         ) from None
     if math.isnan(alpha) or alpha < 0:
-        raise ValueError(f"--laep-alpha {text}: alpha must be a number >= 0 or inf, got {alpha:g}")
+        raise Refusal(f"--laep-alpha {text}: alpha must be a number >= 0 or inf, got {alpha:g}")
     return alpha
 
 
@@ -169,14 +213,14 @@ def _parse_range(part: str, text: str) -> AlphaRange:
         last = first
     # isascii and isdigit: int() would also take "+1", "1_0" and digits of other scripts
     if not all(end.isascii() and end.isdigit() for end in (first, last)):
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha {text!r}: {part!r} is not of the form ALPHA:FIRST-LAST, such as 0.2:1-10"
         )
     item = AlphaRange(alpha=_parse_alpha(number, text), first=int(first), last=int(last))
     if item.first < 1:
-        raise ValueError(f"--laep-alpha {text}: layers count from 1, range {part!r} starts at 0")
+        raise Refusal(f"--laep-alpha {text}: layers count from 1, range {part!r} starts at 0")
     if item.last < item.first:
-        raise ValueError(
+        raise Refusal(
             f"--laep-alpha {text}: range {part!r} is reversed; write {item.last}-{item.first}"
         )
     return item

@@ -58,7 +58,11 @@ class Leg:
 
         begun: start of the window of which its checkpoint holds the counts so far, if it does.
         """
-        if begun in self.window_starts and begun < iteration < begun + self.window:
+        if (
+            begun is not None
+            and begun in self.window_starts
+            and begun < iteration < begun + self.window
+        ):
             return begun
         return next((start for start in self.window_starts if start >= iteration), self.end)
 

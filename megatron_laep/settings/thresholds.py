@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_laep.checks import exact_decimal
+from megatron_laep.checks import Refusal, exact_decimal, number_within, whole_number
 
 
 def _threshold(default: float, meaning: str) -> Any:
@@ -41,22 +41,12 @@ class StabilityThresholds:
     def __post_init__(self) -> None:
         lows = {"rank_correlation": -1.0, "churn": 0.0, "load_change": 0.0, "share": 0.0}
         for name, low in lows.items():
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= 1:  # false for NaN too
-                raise ValueError(
-                    f"the stability threshold {name} must be within {low:g} and 1, got {value!r}"
-                )
+            number_within(getattr(self, name), f"the stability threshold {name}", low, 1)
         if self.share == 0:
-            raise ValueError(
+            raise Refusal(
                 "the share of stable layers must be above 0: otherwise any load is stable"
             )
-        if (
-            not isinstance(self.patience, int)
-            or isinstance(self.patience, bool)
-            or self.patience < 1
-        ):
-            raise ValueError(f"patience must be an integer of at least 1, got {self.patience!r}")
+        whole_number(self.patience, "patience", 1)
 
     def layers_needed(self, layers: int) -> int:
         """How many of so many layers must be stable."""

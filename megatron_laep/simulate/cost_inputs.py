@@ -10,51 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from megatron_laep.checks import Refusal, number_within, whole_number, whole_numbers
 from megatron_laep.plan.expert_map import ExpertMap, equal_blocks
 from megatron_laep.plan.placement import rank_loads
 
-_LARGEST = 1e18
+_LARGEST = 10**18
 """No number of a model or a machine is larger; products of them stay within floats and memory."""
 
 _MOST_LAYERS = 10**5
 
 
-def _check_numbers(value: object, where: str, minimum: Mapping[str, float]) -> None:
+def _check_numbers(value: Any, where: str, minimum: Mapping[str, float]) -> None:
     """ValueError unless each named field is a number from its minimum to 1e18.
 
     Fields that are annotated as int must be integers.
     """
     for name, least in minimum.items():
-        number = getattr(value, name)
-        whole = value.__dataclass_fields__[name].type == "int"
-        kind = int if whole else int | float
-        if not isinstance(number, kind) or isinstance(number, bool):
-            wanted = "an integer" if whole else "a number"
-            raise ValueError(f"{where}: {name} must be {wanted}, got {number!r}")
-        if not least <= number <= _LARGEST:  # also refuses NaN
-            wanted = f"{least:g} to {_LARGEST:g}" if number > _LARGEST else f"at least {least:g}"
-            raise ValueError(f"{where}: {name} must be {wanted}, got {_short(number)}")
-
-
-def _short(number: float) -> str:
-    """As it is written, cut off where it has hundreds of digits."""
-    text = str(number)
-    return text if len(text) <= 30 else f"{text[:30]}..."
+        number, what = getattr(value, name), f"{where}: {name}"
+        if value.__dataclass_fields__[name].type == "int":
+            whole_number(number, what, int(least), most=_LARGEST)
+        else:
+            number_within(number, what, least, _LARGEST)
 
 
 def _check_flags(value: object, where: str, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(value, name), bool):
-            raise ValueError(f"{where}: {name} must be true or false, got {getattr(value, name)!r}")
-
-
-def _whole_numbers(values: object, what: str, least: int) -> tuple[int, ...]:
-    """`values` as a tuple, or a ValueError unless it is a list of integers >= least."""
-    is_list = isinstance(values, list | tuple)
-    if not is_list or not all(type(number) is int and number >= least for number in values):
-        raise ValueError(f"{what} must be a list of integers >= {least}, got {values!r}")
-    return tuple(values)
+            raise Refusal(f"{where}: {name} must be true or false, got {getattr(value, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -99,27 +83,23 @@ class ModelShape:
         _check_numbers(self, "model", minimum)
         _check_flags(self, "model", "swiglu", "tied_embeddings")
         if self.num_layers > _MOST_LAYERS:
-            raise ValueError(
+            raise Refusal(
                 f"model: num_layers must be at most {_MOST_LAYERS}, got {self.num_layers}"
             )
-        other = self.other_parameters
-        if other is not None and not (type(other) is int and 0 <= other <= _LARGEST):
-            raise ValueError(
-                f"model: other_parameters must be an integer from 0 to {_LARGEST:g}, got "
-                f"{_short(other)}"
-            )
+        if self.other_parameters is not None:
+            whole_number(self.other_parameters, "model: other_parameters", 0, most=_LARGEST)
         if self.top_k > self.num_experts:
-            raise ValueError(f"model: top_k {self.top_k} is more than {self.num_experts} experts")
-        layers = tuple(sorted(_whole_numbers(self.moe_layers, "model: moe_layers", 1)))
+            raise Refusal(f"model: top_k {self.top_k} is more than {self.num_experts} experts")
+        layers = tuple(sorted(whole_numbers(self.moe_layers, "model: moe_layers", 1)))
         layers = layers or tuple(range(1, self.num_layers + 1))
         if layers[-1] > self.num_layers or len(set(layers)) < len(layers):
-            raise ValueError(
+            raise Refusal(
                 f"model: moe_layers must be different numbers from 1 to {self.num_layers}, "
                 f"got {list(self.moe_layers)}"
             )
         object.__setattr__(self, "moe_layers", layers)
         if len(layers) < self.num_layers and self.dense_ffn == 0:
-            raise ValueError("model: there are layers without experts, so dense_ffn must be given")
+            raise Refusal("model: there are layers without experts, so dense_ffn must be given")
 
     @property
     def ffn_matrices(self) -> int:
@@ -190,17 +170,15 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise ValueError(f"hardware: name must be a text, got {self.name!r}")
+            raise Refusal(f"hardware: name must be a text, got {self.name!r}")
         names = [name for name in self.__dataclass_fields__ if name != "name"]
         _check_numbers(self, "hardware", dict.fromkeys(names, 0))
         for name in names:
             if name != "all_to_all_latency_us" and getattr(self, name) == 0:
-                raise ValueError(f"hardware: {name} must be more than 0")
+                raise Refusal(f"hardware: {name} must be more than 0")
         for name in ("dense_efficiency", "grouped_gemm_efficiency"):
             if getattr(self, name) > 1:
-                raise ValueError(
-                    f"hardware: {name} is a share of the peak, got {getattr(self, name)}"
-                )
+                raise Refusal(f"hardware: {name} is a share of the peak, got {getattr(self, name)}")
 
     def scaled(self, factor: float) -> Hardware:
         """The same with both efficiencies times `factor`."""
@@ -241,16 +219,16 @@ class Parallelism:
         minimum |= {"weight_bytes": 0, "gradient_bytes": 0, "optimizer_bytes": 0}
         _check_numbers(self, "parallelism", minimum)
         if self.recompute not in ("full", "none"):
-            raise ValueError(f"parallelism: recompute must be full or none, got {self.recompute!r}")
+            raise Refusal(f"parallelism: recompute must be full or none, got {self.recompute!r}")
         _check_flags(self, "parallelism", "distributed_optimizer")
-        counts = _whole_numbers(self.layers_per_stage, "parallelism: layers_per_stage", 0)
+        counts = whole_numbers(self.layers_per_stage, "parallelism: layers_per_stage", 0)
         object.__setattr__(self, "layers_per_stage", counts)
         self.check_expert_parallel_size(self.expert)
 
     def check_expert_parallel_size(self, size: int) -> None:
         """ValueError unless the ranks of a stage divide into groups of `size`."""
         if self.tensor * self.data % size:
-            raise ValueError(
+            raise Refusal(
                 f"parallelism: expert-parallel size {size} does not divide tensor * data = "
                 f"{self.tensor * self.data}: change one of them"
             )
@@ -264,13 +242,13 @@ class Parallelism:
         counts = self.layers_per_stage
         if not counts:
             if num_layers % self.pipeline:
-                raise ValueError(
+                raise Refusal(
                     f"parallelism: {num_layers} layers do not divide by pipeline "
                     f"{self.pipeline}: give layers_per_stage"
                 )
             counts = (num_layers // self.pipeline,) * self.pipeline
         if len(counts) != self.pipeline or sum(counts) != num_layers:
-            raise ValueError(
+            raise Refusal(
                 f"parallelism: layers_per_stage has {len(counts)} stages and {sum(counts)} layers, "
                 f"the model needs {self.pipeline} and {num_layers}"
             )
@@ -287,9 +265,9 @@ class LayerPlacement:
 
     def __post_init__(self) -> None:
         if len(self.experts_per_rank) != len(self.shares):
-            raise ValueError("experts_per_rank and shares must have one entry for each rank")
+            raise Refusal("experts_per_rank and shares must have one entry for each rank")
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-9:
-            raise ValueError(f"the ranks' shares must be >= 0 and sum to 1, got {self.shares}")
+            raise Refusal(f"the ranks' shares must be >= 0 and sum to 1, got {self.shares}")
 
     @property
     def imbalance(self) -> float:
@@ -306,7 +284,7 @@ def place_loads(loads_K: Sequence[int], experts_per_rank: Sequence[int]) -> Laye
     tokens = rank_loads(loads_K, experts_per_rank).tolist()
     total = sum(tokens)
     if total == 0:
-        raise ValueError("the experts have no tokens at all: there is nothing to simulate")
+        raise Refusal("the experts have no tokens at all: there is nothing to simulate")
     return LayerPlacement(tuple(experts_per_rank), tuple(number / total for number in tokens))
 
 
@@ -333,5 +311,5 @@ def pruned_placements(
                 [row[old_expert_id] for old_expert_id in order], layer.experts_per_rank
             )
         except ValueError as error:
-            raise ValueError(f"layer {layer.layer_number}: {error}") from None
+            raise Refusal(f"layer {layer.layer_number}: {error}") from None
     return result

@@ -37,6 +37,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_laep.checks import Refusal
 from megatron_laep.simulate.cost_inputs import Hardware, LayerPlacement, ModelShape, Parallelism
 
 ACTIVATION_BYTES = 2  # bf16
@@ -135,7 +136,7 @@ def estimate(
     Errors: ValueError if the layers do not fit the model or the ranks the job.
     """
     if set(placements) != set(shape.moe_layers):
-        raise ValueError(
+        raise Refusal(
             f"the loads are of MoE layers {sorted(placements)}, the model has "
             f"{list(shape.moe_layers)}"
         )
@@ -279,7 +280,7 @@ def calibrate(
     Errors: ValueError if it does not, even with the better of the two at 1.
     """
     if not (math.isfinite(tflops_per_gpu) and tflops_per_gpu > 0):
-        raise ValueError(f"the TFLOPS to calibrate on must be more than 0, got {tflops_per_gpu}")
+        raise Refusal(f"the TFLOPS to calibrate on must be more than 0, got {tflops_per_gpu}")
 
     def reached(factor: float) -> float:
         return estimate(shape, hardware.scaled(factor), parallelism, placements).tflops_per_gpu
@@ -287,7 +288,7 @@ def calibrate(
     high = 1 / max(hardware.dense_efficiency, hardware.grouped_gemm_efficiency)
     best = reached(high)
     if best < tflops_per_gpu:
-        raise ValueError(
+        raise Refusal(
             f"cannot calibrate on {tflops_per_gpu:g} TFLOPS per GPU: on {hardware.name} this model "
             f"reaches {best:.2f} at most, with matrix products at the peak of "
             f"{hardware.peak_tflops:g}; use other hardware or parallelism"

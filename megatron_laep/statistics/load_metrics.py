@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_laep.checks import Refusal
 from megatron_laep.plan.expert_map import ExpertMap, near_equal_blocks
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
@@ -85,7 +86,7 @@ class LoadMetrics:
     def fields(self) -> dict[str, object]:
         """The same in short, for one ``key=value`` line."""
         scalars = self.scalars()
-        short = {
+        short: dict[str, object] = {
             f"imbalance_{name}": scalars[f"laep/imbalance/{name}"]
             for name in ("mean", "p50", "p90", "max")
         }
@@ -119,7 +120,7 @@ def load_metrics(
     sizes_L = np.array([tokens_E.size for tokens_E in tokens_LE])
     blocks_LR = np.array(experts_per_rank_LR)
     if not np.array_equal(blocks_LR.sum(axis=1), sizes_L):
-        raise ValueError(
+        raise Refusal(
             f"layers of {sizes_L.tolist()} experts do not fit {blocks_LR.sum(axis=1).tolist()} "
             "experts on the expert-parallel ranks"
         )
@@ -131,7 +132,7 @@ def load_metrics(
     share_X = tokens_X / np.repeat(divisor_L, sizes_L)
     log_X = np.log(share_X, out=np.zeros_like(share_X), where=share_X > 0)
     effective_L = np.exp(-_block_sums(share_X * log_X, sizes_L)) / sizes_L
-    prunable = {}
+    prunable: dict[str, Any] = {}
     if kept_LK is not None:
         goes_X = np.ones(tokens_X.size, dtype=bool)
         starts_L = np.cumsum(sizes_L) - sizes_L

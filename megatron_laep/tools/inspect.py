@@ -6,6 +6,7 @@ import argparse
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -177,7 +178,7 @@ def _over_mean(tokens_E: np.ndarray) -> float | None:
     return float(tokens_E.max() / tokens_E.mean()) if tokens_E.any() else None
 
 
-def format_description(found: dict[str, object]) -> str:
+def format_description(found: dict[str, Any]) -> str:
     """The same for people."""
     if found["kind"] == "folder":
         parts = [format_description(item) for item in [*found["logs"], *found["maps"]]]

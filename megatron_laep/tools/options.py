@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.plan.groups import RouterGroups
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.summary import ModelSize
 from megatron_laep.records import load_log
 from megatron_laep.records.load_log import LoadLog
-from megatron_laep.settings.rules import PLACEMENTS, PruningRules
+from megatron_laep.settings.rules import GROUP_RULES, PLACEMENTS, PruningRules
 
 _DEFAULTS = PruningRules()
 # bf16 weight, fp32 gradient, fp32 master weight and two fp32 Adam moments, shared with nobody.
@@ -76,6 +77,31 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """The groups that the router limits itself to; a command that makes plans."""
+    parser.add_argument(
+        "--num-groups", type=int, metavar="G", help="as --moe-router-num-groups of the job"
+    )
+    parser.add_argument(
+        "--group-topk", type=int, metavar="T", help="as --moe-router-group-topk of the job"
+    )
+    parser.add_argument(
+        "--group-rule",
+        choices=GROUP_RULES,
+        default=_DEFAULTS.group_rule,
+        help=f"as --laep-group-rule (default: {_DEFAULTS.group_rule})",
+    )
+
+
+def groups(args: argparse.Namespace) -> RouterGroups | None:
+    """What the arguments of ``add_groups`` say. Errors: ValueError where one is missing."""
+    if args.num_groups is None and args.group_topk is None:
+        return None
+    if args.num_groups is None or args.group_topk is None:
+        raise ValueError("--num-groups and --group-topk go together: give both, or none")
+    return RouterGroups(args.num_groups, args.group_topk)
+
+
 def add_rounding(parser: argparse.ArgumentParser) -> None:
     """The rules besides alpha and beta, as in the flags of a job."""
     parser.add_argument(
@@ -108,7 +134,13 @@ def rules(args: argparse.Namespace, alpha: str, beta: float) -> PruningRules:
 
     Errors: ValueError that names the flag of a job.
     """
-    names = ("expert_multiple", "placement", "allow_empty_ranks", "max_experts_per_rank_spread")
+    names = (
+        "expert_multiple",
+        "placement",
+        "allow_empty_ranks",
+        "max_experts_per_rank_spread",
+        "group_rule",
+    )
     found = PruningRules(alpha, beta, **{name: getattr(args, name) for name in names})
     found.validate()
     return found
@@ -206,6 +238,7 @@ def layout(args: argparse.Namespace, log: LoadLog, expert_parallel_size_after: i
         expert_parallel_size_before=resolve_ep_before(args, log, expert_parallel_size_after),
         expert_parallel_size_after=expert_parallel_size_after,
         top_k=resolve_top_k(args, log),
+        groups=groups(args),
     )
 
 

@@ -26,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="expert-parallel size after pruning (default: that of the recorded run)",
     )
     options.add_windows(parser)
+    options.add_groups(parser)
     options.add_model_size(parser)
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write the map, the JSON that --laep-plan takes"
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             {"loads": log.source, "windows": args.windows, "map": args.output, **summary.to_dict()}
         )
         return 0
-    print(summary.format_table())
+    print(summary.format_table(layout.num_groups))
     print()
     print(f"loads of iterations {options.iterations(log, args.windows)}; map {expert_map.hash}")
     if args.output is not None:

@@ -302,7 +302,7 @@ def _read_mapping(path: Path) -> dict:
             import yaml
         except ImportError:
             raise ValueError(
-                f"{path} is YAML, and PyYAML is not installed: pip install 'megatron-laep[tools]', "
+                f"{path} is YAML, and PyYAML is not installed: pip install PyYAML, "
                 "or use a .json file"
             ) from None
         try:

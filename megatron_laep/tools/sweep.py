@@ -9,6 +9,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -84,8 +85,10 @@ def sweep(
 
 def _row(expert_map: ExpertMap, summary: PruningSummary, floor_L: Sequence[int]) -> SweepRow:
     """floor_L: the fewest experts that each layer may keep under the rules."""
-    before = [row.imbalance_before for row in summary.rows]
-    after = [row.imbalance_after for row in summary.rows]
+    # A sweep plans on loads: all of these are known after a pruning, and before one on equal blocks.
+    before: list[Any] = [row.imbalance_before for row in summary.rows]
+    after: list[Any] = [row.imbalance_after for row in summary.rows]
+    rerouted: Any = summary.tokens_rerouted_percent
     return SweepRow(
         alpha=expert_map.alpha,
         beta=expert_map.beta,
@@ -95,7 +98,7 @@ def _row(expert_map: ExpertMap, summary: PruningSummary, floor_L: Sequence[int])
         experts_removed_percent=100 * (1 - summary.experts_after / summary.experts_before),
         parameters_after=summary.parameters_after,
         parameters_removed_percent=summary.parameters_removed_percent,
-        tokens_rerouted_percent=summary.tokens_rerouted_percent,
+        tokens_rerouted_percent=rerouted,
         busiest_rank_before=None if None in before else float(np.mean(before)),
         busiest_rank_mean=float(np.mean(after)),
         busiest_rank_p90=float(np.percentile(after, 90)),
@@ -132,6 +135,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     options.add_rounding(parser)
     options.add_windows(parser)
+    options.add_groups(parser)
     options.add_model_size(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
@@ -223,8 +227,8 @@ def format_table(rows: Sequence[SweepRow]) -> str:
     parameters = ("parameters\nleft", "parameters\nremoved %") if sized else ()
     lines = []
     for row in rows:
-        size = ()
-        if sized:
+        size: tuple[str, ...] = ()
+        if row.parameters_after is not None:
             size = (scaled(row.parameters_after), f"{row.parameters_removed_percent:.1f}")
         before = row.busiest_rank_before
         lines.append(

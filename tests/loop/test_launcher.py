@@ -236,14 +236,14 @@ def install_after(removed: list[tuple[str, str]]) -> tuple[str, list]:
     import importlib
 
     import megatron_laep
-    import megatron_laep.loop.loop_hooks
+    import megatron_laep.loop.launch
 
     for module, name in removed:
         delattr(importlib.import_module(module), name)
     before = attributes_of_megatron()
     try:
         megatron_laep.install()
-    except RuntimeError as error:
+    except ValueError as error:
         after = attributes_of_megatron()
         return str(error), [place for place in before if after[place] != before[place]]
     return "installed", []
@@ -257,10 +257,10 @@ def test_another_megatron_is_refused_whole():
     message, replaced = in_megatron(install_after, removed).result()
     assert replaced == []
     for module, name in removed:
-        assert f"{module}:{name} (needed to " in message
+        assert f"{module}:{name} is missing (needed to " in message
     assert "training:load_checkpoint" not in message
-    assert "lacks what megatron_laep hooks into" in message
-    assert "Install such a version, or run the script without '-m megatron_laep'" in message
+    assert message.startswith("megatron-core ") and "lacks what megatron_laep needs: " in message
+    assert message.endswith("install such a version, or run the script without '-m megatron_laep'")
 
 
 def install_twice() -> None:

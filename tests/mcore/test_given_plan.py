@@ -4,6 +4,7 @@ import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.layout import ModelLayout
+from tests.support import maps
 from tests.support.forks import in_megatron, on_ranks
 from tests.support.jobs import KEPT, LAYERS, assert_complaint, expert_map, job, parsed, ranks
 
@@ -120,7 +121,7 @@ def plan_from_file(plan: str, tokens_LE: list) -> str:
 
 @pytest.mark.distributed
 def test_a_plan_from_a_file_gets_the_loads_and_sizes_of_the_job():
-    plan = ExpertMap.from_kept(
+    plan = maps.from_kept(
         {number: (5, 1, 0, 4) for number in (1, 2, 3, 4)},
         experts_before=8,
         expert_parallel_size=2,

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap
+from tests.support import maps
 from tests.support.forks import in_megatron, init_process_group
 
-MAP = ExpertMap.from_kept(
+MAP = maps.from_kept(
     {1: (5, 1, 0, 4), 3: (2, 6)}, experts_before=8, expert_parallel_size=2, top_k=2, iteration=10
 ).to_json()
-SECOND = ExpertMap.from_kept(
+SECOND = maps.from_kept(
     {1: (3, 0), 3: (1, 0)},
     experts_before={1: 4, 3: 2},
     expert_parallel_size=2,
@@ -270,7 +271,7 @@ def test_a_record_of_a_later_version(tmp_path):
     entry = {"version": 3, "lineage": [], "map_state": None, "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
-    assert outcome.error == "ValueError"
+    assert outcome.error == "Refusal"
     for text in (path, "version 3", "reads version 2", "use the megatron_laep that wrote"):
         assert text in outcome.message
 
@@ -282,7 +283,7 @@ def test_a_record_whose_map_was_changed(tmp_path):
     entry = {"version": 2, "lineage": [changed], "map_state": "pending", "window": None}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
-    assert outcome.error == "ValueError"
+    assert outcome.error == "Refusal"
     assert path in outcome.message and "hash" in outcome.message
 
 

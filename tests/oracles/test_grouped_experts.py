@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laep import ExpertMap
 from tests.oracles.test_permutation import ORDER_OF_SUM
+from tests.support import maps
 from tests.support.runs import LAEP, SUPPORT, RunResult, run_megatron, tiny_arguments
 
 pytestmark = [pytest.mark.distributed, pytest.mark.equality]
@@ -129,7 +129,7 @@ def test_renumbering_grouped_experts_changes_no_loss(
     uninterrupted_job, tmp_path, distributed_optimizer
 ):
     """One reference for both: on two ranks the distributed optimizer itself changes no loss."""
-    plan = ExpertMap.permutation([1, 2, 3, 4], 8, seed=1, expert_parallel_size=2, top_k=2)
+    plan = maps.permutation([1, 2, 3, 4], 8, seed=1, expert_parallel_size=2, top_k=2)
     # Uneven, and one rank without an expert of a layer.
     blocks = ((7, 1), (0, 8), (4, 4), (3, 5))
     layers = (

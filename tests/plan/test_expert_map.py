@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laep.plan.expert_map import SCHEMA_VERSION, ExpertMap, LayerMap, compose
+from tests.support import maps
 
 
 def layer(number=7, **changes) -> LayerMap:
@@ -85,10 +86,6 @@ class TestLayerMap:
         one = layer()
         assert one.experts_after == 4
         assert one.pruned == (2, 3)
-        assert not one.is_identity
-        assert layer(kept=range(6), experts_per_rank=(3, 3)).is_identity
-        assert not layer(kept=range(5), experts_per_rank=(3, 2)).is_identity  # one is lost
-        assert not layer(kept=(1, 0, 2, 3, 4, 5), experts_per_rank=(3, 3)).is_identity
 
     def test_numpy_values_become_plain_integers(self):
         one = LayerMap(
@@ -110,25 +107,40 @@ class TestLayerMap:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"number": 0}, "layer_number must be at least 1, got 0"),
-            ({"number": 1.0}, "layer_number must be an integer, got 1.0"),
-            ({"number": True}, "layer_number must be an integer, got True"),
-            ({"experts_before": 0}, "layer 7: experts_before must be at least 1, got 0"),
+            ({"number": 0}, "layer_number must be an integer of at least 1, got 0"),
+            ({"number": 1.0}, "layer_number must be an integer .*, got 1.0"),
+            ({"number": True}, "layer_number must be an integer .*, got True"),
+            (
+                {"experts_before": 0},
+                "layer 7: experts_before must be an integer of at least 1, got 0",
+            ),
             ({"kept": (), "experts_per_rank": ()}, "layer 7 keeps no expert"),
             ({"kept": (4, 1, 0, 6)}, r"layer 7 keeps expert 6, but has 6 experts \(ids 0 to 5\)"),
-            ({"kept": (4, 1, 0, -1)}, r"layer 7: kept\[3\] must be at least 0, got -1"),
+            (
+                {"kept": (4, 1, 0, -1)},
+                r"layer 7: kept\[3\] must be an integer of at least 0, got -1",
+            ),
             ({"kept": (4, 1, 0, 1)}, "layer 7 keeps expert 1 more than once"),
-            ({"kept": (4, 1, 0, 2.5)}, r"kept\[3\] must be an integer, got 2.5"),
+            ({"kept": (4, 1, 0, 2.5)}, r"kept\[3\] must be an integer .*, got 2.5"),
             ({"kept": "4105"}, "layer 7: kept must be a list of integers, got '4105'"),
             ({"kept": 4}, "layer 7: kept must be a list of integers, got 4"),
             (
                 {"experts_per_rank": (2, 3)},
                 r"layer 7 keeps 4 experts, but experts_per_rank \[2, 3\] sums to 5",
             ),
-            ({"experts_per_rank": (5, -1)}, r"experts_per_rank\[1\] must be at least 0, got -1"),
+            (
+                {"experts_per_rank": (5, -1)},
+                r"experts_per_rank\[1\] must be an integer of at least 0, got -1",
+            ),
             ({"loads": (1, 2)}, "layer 7 has 2 loads for 6 experts"),
-            ({"loads": (1, 2, 3, 4, 5, -6)}, r"loads\[5\] must be at least 0, got -6"),
-            ({"loads": (1, 2, 3, 4, 5, float("nan"))}, r"loads\[5\] must be an integer, got nan"),
+            (
+                {"loads": (1, 2, 3, 4, 5, -6)},
+                r"loads\[5\] must be an integer of at least 0, got -6",
+            ),
+            (
+                {"loads": (1, 2, 3, 4, 5, float("nan"))},
+                r"loads\[5\] must be an integer .*, got nan",
+            ),
             ({"loads": (2**62,) * 6}, "layer 7: the loads sum to 27670116110564327424"),
         ],
     )
@@ -150,22 +162,25 @@ class TestExpertMap:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"iteration": -1}, "iteration must be at least 0, got -1"),
-            ({"iteration": "5"}, "iteration must be an integer, got '5'"),
+            ({"iteration": -1}, "iteration must be an integer of at least 0, got -1"),
+            ({"iteration": "5"}, "iteration must be an integer .*, got '5'"),
             ({"layers": ()}, "layers must be one or more LayerMap values"),
             ({"layers": (layer(7), layer(7))}, "a layer occurs more than once"),
             ({"layers": ({"layer_number": 7},)}, "layers must be one or more LayerMap values"),
             ({"alpha": 0.4}, "alpha must be a string, got 0.4"),
             ({"beta": 1.5}, "beta must be within 0 and 1, got 1.5"),
             ({"beta": float("nan")}, "beta must be within 0 and 1, got nan"),
-            ({"beta": "0.1"}, "beta must be a number, got '0.1'"),
+            ({"beta": "0.1"}, "beta must be within 0 and 1, got '0.1'"),
             ({"placement": None}, "placement must be a string, got None"),
-            ({"expert_multiple": 0}, "expert_multiple must be at least 1"),
+            ({"expert_multiple": 0}, "expert_multiple must be an integer of at least 1"),
             (
                 {"expert_multiple": 4},
                 "layer 3 keeps 2 experts, not a multiple of expert_multiple 4",
             ),
-            ({"expert_parallel_size_before": 0}, "expert_parallel_size_before must be at least 1"),
+            (
+                {"expert_parallel_size_before": 0},
+                "expert_parallel_size_before must be an integer of at least 1",
+            ),
             (
                 {"expert_parallel_size_after": 4},
                 "layer 3 is laid out for 2 ranks, the map for expert_parallel_size_after 4",
@@ -201,24 +216,23 @@ class TestExpertMap:
         with pytest.raises(ValueError, match="the 6 experts of all layers are too few .*-size 7"):
             sparse.laid_out_for(7)
         with pytest.raises(
-            ValueError, match="expert-model-parallel-size must be at least 1, got 0"
+            ValueError, match="expert-model-parallel-size must be an integer of at least 1, got 0"
         ):
             expert_map().laid_out_for(0)
 
     def test_identity_and_permutation(self):
-        identity = ExpertMap.identity([1, 2], 8, expert_parallel_size=4, top_k=2, iteration=5)
-        assert identity.is_identity
+        identity = maps.identity([1, 2], 8, expert_parallel_size=4, top_k=2, iteration=5)
+        assert {layer.kept for layer in identity.layers} == {tuple(range(8))}
         assert identity.layer(2).experts_per_rank == (2, 2, 2, 2)
         same = {"expert_parallel_size": 2, "top_k": 2, "expert_parallel_size_before": 4}
-        one = ExpertMap.permutation([2, 1], 8, seed=1, **same)
-        assert one == ExpertMap.permutation([1, 2], 8, seed=1, **same)
-        assert one != ExpertMap.permutation([1, 2], 8, seed=2, **same)
-        assert not one.is_identity
+        one = maps.permutation([2, 1], 8, seed=1, **same)
+        assert one == maps.permutation([1, 2], 8, seed=1, **same)
+        assert one != maps.permutation([1, 2], 8, seed=2, **same)
         assert [sorted(item.kept) for item in one.layers] == [list(range(8))] * 2
         assert (one.expert_parallel_size_before, one.expert_parallel_size_after) == (4, 2)
 
     def test_from_kept_with_one_count_for_each_layer(self):
-        one = ExpertMap.from_kept(
+        one = maps.from_kept(
             {1: [3, 0], 2: [1, 0]}, experts_before={1: 4, 2: 2}, expert_parallel_size=1, top_k=2
         )
         assert [item.pruned for item in one.layers] == [(1, 2), ()]
@@ -260,7 +274,7 @@ class TestJson:
     def test_hash_is_the_same_on_every_machine_and_in_every_version(self):
         # sha256 of the canonical JSON of the map below, taken once: a change would make maps in
         # existing checkpoints look damaged
-        one = ExpertMap.identity([1], 2, expert_parallel_size=1, top_k=1)
+        one = maps.identity([1], 2, expert_parallel_size=1, top_k=1)
         canonical = (
             '{"alpha":"0","beta":0.0,"expert_multiple":1,"expert_parallel_size_after":1,'
             '"expert_parallel_size_before":1,"iteration":0,"layers":[{"experts_before":2,'
@@ -336,10 +350,10 @@ class TestJson:
 
 class TestCompose:
     def test_hand_worked(self):
-        first = ExpertMap.from_kept(
+        first = maps.from_kept(
             {1: [4, 0, 3, 1]}, experts_before=5, expert_parallel_size=2, top_k=1, iteration=10
         )
-        second = ExpertMap.from_kept(
+        second = maps.from_kept(
             {1: [3, 0]}, experts_before=4, expert_parallel_size=1, top_k=1, iteration=20
         )
         both = compose(first, second)
@@ -368,13 +382,13 @@ class TestCompose:
 
     def test_identity_is_neutral(self):
         one = expert_map(layers=(layer(7, loads=()),))
-        before = ExpertMap.identity([7], 6, expert_parallel_size=3, top_k=2)
+        before = maps.identity([7], 6, expert_parallel_size=3, top_k=2)
         assert compose(before, one) == one
-        after = ExpertMap.identity([7], 4, expert_parallel_size=2, top_k=2)
+        after = maps.identity([7], 4, expert_parallel_size=2, top_k=2)
         assert compose(one, after).layers == one.layers
 
     def test_loads_become_unknown(self):
-        second = ExpertMap.identity([3, 7], 2, expert_parallel_size=1, top_k=2)
+        second = maps.identity([3, 7], 2, expert_parallel_size=1, top_k=2)
         second = dataclasses.replace(
             second, layers=tuple(dataclasses.replace(item, loads=(1, 2)) for item in second.layers)
         )
@@ -388,7 +402,7 @@ class TestCompose:
 
     def test_maps_that_do_not_follow_each_other(self):
         def identity(layers, experts, top_k=2):
-            return ExpertMap.identity(layers, experts, expert_parallel_size=1, top_k=top_k)
+            return maps.identity(layers, experts, expert_parallel_size=1, top_k=top_k)
 
         with pytest.raises(ValueError, match=r"has layers \[1, 2\], the second \[1\]"):
             compose(identity([1, 2], 4), identity([1], 4))

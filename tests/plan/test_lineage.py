@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
+from tests.support import maps
 
 
 def step(kept: dict, before: dict, iteration: int) -> ExpertMap:
-    return ExpertMap.from_kept(
+    return maps.from_kept(
         kept, experts_before=before, expert_parallel_size=1, top_k=1, iteration=iteration
     )
 

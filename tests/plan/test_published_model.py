@@ -6,8 +6,8 @@ Source of the constants: LAEP (arXiv 2601.14327) and the configuration of Yuan3.
 import numpy as np
 import pytest
 
-from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.summary import ModelSize, summarize
+from tests.support import maps
 from tests.support.plans import planned
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, EXPERT_FFN = 103, 64, 4608, 16384
@@ -49,7 +49,7 @@ def test_constants():
 
 
 def test_1515_billion_become_1010_billion():
-    published = ExpertMap.from_kept(
+    published = maps.from_kept(
         {number: range(kept) for number, kept in enumerate(KEPT, start=1)},
         experts_before=NUM_EXPERTS,
         expert_parallel_size=4,

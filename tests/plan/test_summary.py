@@ -7,6 +7,7 @@ import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.plan.summary import ModelSize, PruningSummary, summarize
+from tests.support import maps
 
 SIZE = ModelSize(parameters_per_expert=1000, other_parameters=4000, bytes_per_expert_parameter=18.0)
 # Layer 2 before: ranks 0 (experts 0, 1) and 1 (2, 3) hold 10 + 50 = 60 and 0 + 40 = 40: 60 / 50.
@@ -153,7 +154,7 @@ def test_stages():
 
 
 def test_many_ranks_fit_into_the_table():
-    wide = ExpertMap.identity(range(1, 4), 128, expert_parallel_size=32, top_k=1)
+    wide = maps.identity(range(1, 4), 128, expert_parallel_size=32, top_k=1)
     loads = tuple(range(1, 129))
     layers = tuple(dataclasses.replace(layer, loads=loads) for layer in wide.layers)
     text = summarize(dataclasses.replace(wide, layers=layers), SIZE).format_table()
@@ -185,6 +186,6 @@ def test_table():
 
 
 def test_table_prints_every_layer():
-    many = ExpertMap.identity(range(1, 121), 4, expert_parallel_size=2, top_k=1)
+    many = maps.identity(range(1, 121), 4, expert_parallel_size=2, top_k=1)
     lines = summarize(many, SIZE).format_table().splitlines()
     assert [int(line.split()[0]) for line in lines[3:123]] == list(range(1, 121))

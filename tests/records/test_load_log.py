@@ -319,7 +319,7 @@ def test_a_job_that_wrote_no_parts_decided_on_one_window(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parts": [{"last_iteration": 6}]}, "each of the parts must have the fields"),
+        ({"parts": [{"last_iteration": 6}]}, "each of the parts must be an object with the fields"),
         ({"parts": 4}, "parts must be a list"),
         ({"parts": [{"last_iteration": 6, "tokens": [[1] * 8] * 4}]}, "do not sum up to tokens"),
         ({"parts": [{"last_iteration": 6, "tokens": [[1] * 4] * 4}]}, "do not sum up to tokens"),
@@ -395,13 +395,16 @@ BAD_JSON = {
     "no windows": ({"tokens": [], "last_iteration_of_window": []}, "no complete window"),
     "no layers": ({"layer_numbers": [], "tokens": [[], []]}, "layer_numbers must be different"),
     "layers twice": ({"layer_numbers": [1, 1]}, r"different ones, got \[1, 1\]"),
-    "layer 0": ({"layer_numbers": [0, 1]}, "layer_numbers must be integers of at least 1, got 0"),
+    "layer 0": (
+        {"layer_numbers": [0, 1]},
+        "layer_numbers.0. must be an integer of at least 1, got 0",
+    ),
     "layers no list": ({"layer_numbers": 2}, "layer_numbers must be a list of integers, got 2"),
     "descending": ({"last_iteration_of_window": [10, 5]}, "ascending, without overlaps"),
     "before the run": ({"last_iteration_of_window": [3, 10]}, "begin at iteration 1"),
-    "no interval": ({"window_iterations": None}, "the iterations of a window must be integers"),
+    "no interval": ({"window_iterations": None}, "the iterations of a window must be an integer"),
     "true": ({"tokens": [[[True, 2], [3, 4]], GOOD["tokens"][1]]}, "got true or false"),
-    "top-k 0": ({"top_k": 0}, "top_k must be integers of at least 1, got 0"),
+    "top-k 0": ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
 }
 
 

@@ -106,10 +106,10 @@ def run(*arguments) -> str:
     return done.stdout
 
 
-def test_the_readme_shows_what_it_prints():
+def test_the_docs_show_what_it_prints():
     printed = [line.rstrip() for line in run().splitlines()]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text[text.index("## Uneven counts") :].split("```")[1].strip().splitlines()
+    text = (ROOT / "docs" / "uneven-counts.md").read_text(encoding="utf-8")
+    shown = text.split("```")[1].strip().splitlines()
     assert len(shown) > 15
     assert [line for line in shown if line not in printed] == []
 

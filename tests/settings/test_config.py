@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from megatron_laep.settings.config import LaepConfig, add_arguments
+from megatron_laep.settings.config import LaepConfig
+from megatron_laep.settings.flags import add_arguments
 from megatron_laep.settings.thresholds import StabilityThresholds
 
 
@@ -77,7 +78,9 @@ def test_help_can_be_printed():
 
 
 def test_arguments_of_a_parser_without_our_flags():
-    with pytest.raises(ValueError, match="lack laep_prune_iteration, laep_window.*add_arguments"):
+    with pytest.raises(
+        ValueError, match="lack laep_prune_iteration, laep_prune_when_stable.*add_arguments"
+    ):
         LaepConfig.from_arguments(argparse.Namespace(lr=1e-3))
 
 
@@ -179,7 +182,7 @@ def test_too_few_windows_to_tell(settings, message):
         ({"beta": -0.01}, "--laep-beta must be within 0 and 1, got -0.01"),
         ({"beta": 1.01}, "--laep-beta must be within 0 and 1, got 1.01"),
         ({"beta": math.nan}, "--laep-beta must be within 0 and 1, got nan"),
-        ({"beta": "0.1"}, "--laep-beta must be a number .* got '0.1'"),
+        ({"beta": "0.1"}, "--laep-beta must be within 0 and 1, got '0.1'"),
         ({"expert_multiple": 0}, "--laep-expert-multiple .* got 0"),
         ({"expert_multiple": -8}, "--laep-expert-multiple .* got -8"),
         (

@@ -249,18 +249,28 @@ def test_a_target_out_of_reach_is_refused():
     ("kind", "base", "change", "message"),
     [
         (ModelShape, SHAPE, {"top_k": 5}, "top_k 5 is more than 4 experts"),
-        (ModelShape, SHAPE, {"hidden": 2.5}, "hidden must be an integer, got 2.5"),
-        (ModelShape, SHAPE, {"hidden": 0}, "hidden must be at least 1, got 0"),
+        (ModelShape, SHAPE, {"hidden": 2.5}, "hidden must be an integer of at least 1, got 2.5"),
+        (ModelShape, SHAPE, {"hidden": 0}, "hidden must be an integer of at least 1, got 0"),
         (ModelShape, SHAPE, {"moe_layers": (1, 3)}, "different numbers from 1 to 2"),
         (ModelShape, SHAPE, {"moe_layers": (1,)}, "dense_ffn must be given"),
         (ModelShape, SHAPE, {"swiglu": "yes"}, "swiglu must be true or false, got 'yes'"),
         (ModelShape, SHAPE, {"other_parameters": 2.2e10}, "other_parameters must be an integer"),
-        (Hardware, SLOW, {"peak_tflops": float("nan")}, "peak_tflops must be at least 0, got nan"),
+        (
+            Hardware,
+            SLOW,
+            {"peak_tflops": float("nan")},
+            "peak_tflops must be within 0 and 1e[+]18, got nan",
+        ),
         (Hardware, SLOW, {"network_gb_per_s": 0}, "network_gb_per_s must be more than 0"),
         (Hardware, SLOW, {"dense_efficiency": 50}, "dense_efficiency is a share of the peak"),
         (Parallelism, JOB, {"expert": 3}, r"size 3 does not divide tensor \* data = 2"),
         (Parallelism, JOB, {"recompute": "some"}, "recompute must be full or none, got 'some'"),
-        (Parallelism, JOB, {"layers_per_stage": (1, -1)}, "layers_per_stage must be a list of"),
+        (
+            Parallelism,
+            JOB,
+            {"layers_per_stage": (1, -1)},
+            "layers_per_stage.1. must be an integer of at least 0, got -1",
+        ),
     ],
 )
 def test_impossible_inputs_are_refused(kind, base, change, message):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_laep.plan.expert_map import ExpertMap
+from tests.support import maps
 from tests.support.forks import Outcome
 from tests.support.runs import tiny_arguments
 
@@ -17,7 +18,7 @@ KEPT = {number: (5, 1, 0, 4) for number in LAYERS}
 
 
 def expert_map(kept=KEPT, *, iteration=10, ranks=2, experts=8, top_k=2) -> ExpertMap:
-    return ExpertMap.from_kept(
+    return maps.from_kept(
         kept, experts_before=experts, expert_parallel_size=ranks, top_k=top_k, iteration=iteration
     )
 
@@ -50,8 +51,8 @@ def ranks(number: int) -> dict[str, str]:
 
 
 def assert_complaint(outcome: Outcome, *wanted: str) -> None:
-    """One ValueError, in whose sentence each of `wanted` stands."""
-    assert outcome.error == "ValueError", (outcome.error, outcome.message, outcome.output[-3000:])
+    """One Refusal, in whose sentence each of `wanted` stands."""
+    assert outcome.error == "Refusal", (outcome.error, outcome.message, outcome.output[-3000:])
     missing = [text for text in wanted if text not in outcome.message]
     assert not missing, f"{missing} not in: {outcome.message}"
 
@@ -78,10 +79,6 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
-    "group-limited routing": (
-        {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
-        ["--moe-router-num-groups 4"],
-    ),
     "quantile balancing": (
         {"moe_router_load_balancing_type": "quantile_balancing"},
         ["--moe-router-load-balancing-type quantile_balancing"],

@@ -18,9 +18,10 @@ from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.stability import decide
 from megatron_laep.plan.summary import ModelSize, summarize
-from megatron_laep.records import decision_log
+from megatron_laep.records import decision_log, pruning_files
 from megatron_laep.records.load_format import LoadLogHeader
 from megatron_laep.records.load_writer import LoadLogWriter
+from megatron_laep.records.pruning_loads import PruningLoads
 from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import Verdict
 from megatron_laep.settings.thresholds import StabilityThresholds
@@ -104,21 +105,12 @@ def make_log() -> str:
 
 def write_pruning(
     folder: Path, expert_map: ExpertMap, tokens_LE: list[list[int]], window: int = 100
-) -> Path:
-    """The three files that a job writes when it prunes (`loop.commit`)."""
-    target = folder / "laep" / f"iter_{expert_map.iteration:07d}"
-    target.mkdir(parents=True)
-    loads = {
-        "iteration": expert_map.iteration,
-        "window": window,
-        "layer_numbers": list(expert_map.layer_numbers),
-        "tokens": tokens_LE,
-    }
-    table = summarize(expert_map, SIZE).to_dict()
-    contents = {"map": expert_map.to_dict(), "loads": loads, "table": table}
-    for name, content in contents.items():
-        (target / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    return target
+) -> None:
+    """The three files that a job writes when it prunes, on a window of one part."""
+    loads = Loads.of_window(tokens_LE, expert_map.layer_numbers)
+    decided_on = PruningLoads(window, (expert_map.iteration,), loads)
+    table = summarize(expert_map, SIZE)
+    pruning_files.write_pruning(folder / "laep", expert_map, table, decided_on)
 
 
 def write_logs(

@@ -133,9 +133,9 @@ class TestStart:
         assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_the_readme_prints_what_the_commands_print(tmp_path):
+def test_the_docs_print_what_the_commands_print(tmp_path):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```console\n\$ laep (.*)\n((?:.*\n)*?)```$", text, flags=re.MULTILINE)
     assert [command.split()[0] for command, _ in examples] == ["stability", "sweep", "plan"]
     for command, expected in examples:

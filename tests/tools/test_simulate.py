@@ -126,7 +126,7 @@ def test_the_readme_shows_what_is_printed(capsys):
         62.14,
     )
     assert code == 0
-    assert out.rstrip("\n") in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert out.rstrip("\n") in (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
 
 
 def test_real_recorded_loads_and_the_hash_of_the_jobs_plan(capsys, tiny, tmp_path):
@@ -213,16 +213,16 @@ def test_bad_loads_are_one_sentence_and_exit_code_2(capsys, tiny, tmp_path, text
     ("section", "change", "message"),
     [
         ("model", {"hiden": 3}, "unknown fields: hiden"),
-        ("model", {"hidden": None}, "hidden must be an integer, got None"),
+        ("model", {"hidden": None}, "hidden must be an integer of at least 1, got None"),
         ("parallelism", {"expert": 3}, "expert-parallel size 3 does not divide"),
         ("laep", {"gamma": 1}, "laep may have the fields alpha, beta, expert_multiple"),
         ("laep", {"alpha": "x"}, "--laep-alpha 'x'"),
         ("published", {"tflops_per_gpu": [1]}, "tflops_per_gpu must be a list of three"),
         ("published", {"tflops_per_gpu": [1, None, 2]}, "a list of three numbers above 0"),
         ("published", {"tflops_per_gpu": [1, float("nan"), 2]}, "a list of three numbers above 0"),
-        ("model", {"hidden": 10**400}, "hidden must be 1 to 1e+18, got 100000"),
+        ("model", {"hidden": 10**400}, "hidden must be an integer of at most 1e+18, got 100000"),
         ("model", {"num_layers": 10**9}, "num_layers must be at most 100000"),
-        ("model", {"other_parameters": True}, "other_parameters must be an integer from 0"),
+        ("model", {"other_parameters": True}, "other_parameters must be an integer of at least 0"),
         ("modell", {}, "unknown sections modell"),
     ],
 )

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from megatron_laep import __version__
 from megatron_laep.plan.summary import binary, scaled
+from megatron_laep.records.training_log import LOG_NAME
 from megatron_laep.tools.options import write_text
 from megatron_laep.tools.report.data import gather
-from megatron_laep.tools.report.run_files import LOG_NAME
 
 PAGE = Path(__file__).resolve().parent / "page"
 OUTPUT_NAME = "laep_report.html"
@@ -85,8 +85,7 @@ def render(data: dict) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ValueError(
-            f"the report needs {error.name}, which is not installed: "
-            "pip install 'megatron-laep[report]'"
+            f"the report needs {error.name}, which is not installed: pip install jinja2 plotly"
         ) from None
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True

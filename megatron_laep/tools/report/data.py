@@ -16,25 +16,30 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.stability import Comparison, compare
 from megatron_laep.records import decision_log
-from megatron_laep.records.training_log import TrainingLog, mean_between, median_milliseconds
+from megatron_laep.records.training_log import (
+    LOG_NAME,
+    TrainingLog,
+    mean_between,
+    median_milliseconds,
+)
 from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.thresholds import StabilityThresholds
 from megatron_laep.tools.report.load_history import LoadHistory, Window, original_ids, read_history
 from megatron_laep.tools.report.run_files import (
-    LOG_NAME,
     Pruning,
     read_decisions,
     read_log,
     read_prunings,
 )
 
-# Means over so many iterations on either side of a pruning, as in scripts/summarize_run.py.
+# Means over so many iterations on either side of a pruning, as in `laep summary`.
 MEAN_WINDOW = 20
 # What keeps the page below 6 MB beside Plotly's 4.8: characters of the heat map's windows, and lines
 # of the log in a curve.
@@ -281,7 +286,7 @@ def _over_layers(
 ) -> dict:
     """For each measure the median of the layers, the worst one and which it is. No churn across a
     pruning: the rule then looks at another layer."""
-    result = {}
+    result: dict[str, Any] = {}
     for measure, worst in MEASURES.items():
         values = [getattr(comparison, measure) for comparison in layers]
         value = worst(values)
@@ -308,7 +313,9 @@ def _thresholds(
             f"laep/{decision_log.NAME}, row {row}",
         )
     arguments = {} if log is None else log.arguments
-    flags = {f"laep_stability_{field.name}": field for field in fields(StabilityThresholds)}
+    flags: dict[str, Any] = {
+        f"laep_stability_{field.name}": field for field in fields(StabilityThresholds)
+    }
     if set(flags) <= set(arguments):
         values = {
             field.name: type(field.default)(arguments[flag][0]) for flag, field in flags.items()
@@ -388,7 +395,7 @@ def _shown_lines(log: TrainingLog, prune_iterations: Sequence[int]) -> list[int]
         with_loss = [i for i in part if _finite(log.lines[i].loss) is not None]
         shown |= {start, max(part, key=lambda i: log.lines[i].milliseconds)}
         if with_loss:
-            by_loss = sorted(with_loss, key=lambda i: log.lines[i].loss)
+            by_loss = sorted(with_loss, key=lambda i: log.lines[i].loss or 0.0)
             shown |= {by_loss[0], by_loss[-1]}
     for iteration in prune_iterations:
         behind = sum(line.iteration <= iteration for line in log.lines)

@@ -8,25 +8,23 @@ Shape suffixes: L MoE layers, E experts.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_laep.checks import named_fields, number_within
 from megatron_laep.json_text import read_json
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.loads import checked_loads
-from megatron_laep.plan.summary import LayerRow, PruningSummary, summarize
+from megatron_laep.plan.summary import summarize
 from megatron_laep.records import decision_log, load_log
-from megatron_laep.records.training_log import TrainingLog, parse_log
+from megatron_laep.records.pruning_loads import PruningLoads
+from megatron_laep.records.training_log import LOG_NAME, TrainingLog, parse_log
 from megatron_laep.settings.thresholds import StabilityThresholds
 
-LOG_NAME = "train.log"
 _DECISION_FIELDS = ("verdict", "stable_layers", "layers", "layers_needed", "thresholds")
 
 
@@ -34,6 +32,7 @@ _DECISION_FIELDS = ("verdict", "stable_layers", "layers", "layers_needed", "thre
 class Pruning:
     """One `laep/iter_*` folder.
 
+    table: as `PruningSummary.to_dict`; only the sizes are read from the job's file.
     tokens_LE: what the job counted in the window before it.
     blocks_before: for each layer the experts on each rank before it.
     """
@@ -73,20 +72,21 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
                 if name == "map.json":
                     expert_map = ExpertMap.from_dict(contents[name])
                 elif name == "loads.json":
-                    tokens_LE = _checked_decision_loads(contents[name], expert_map)
-                    loads = load_log.read(path, contents[name])
+                    pruning = PruningLoads.from_dict(contents[name])
+                    _check_loads(pruning, expert_map)
+                    loads = load_log.of_pruning(pruning, path)
                     blocks = loads.blocks(expert_map.expert_parallel_size_before)
                 else:
-                    _check_table(contents[name], expert_map, loads.stages, blocks)
+                    table = _table(contents[name], expert_map, loads.stages, blocks)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         prunings.append(
             Pruning(
                 folder=folder.relative_to(run_dir).as_posix(),
                 expert_map=expert_map,
-                table=contents["table.json"],
-                window=contents["loads.json"]["window"],
-                tokens_LE=tokens_LE,
+                table=table,
+                window=pruning.window,
+                tokens_LE=tuple(map(pruning.loads.total, pruning.loads.layer_numbers)),
                 blocks_before=blocks,
             )
         )
@@ -99,39 +99,21 @@ def read_prunings(run_dir: Path) -> list[Pruning]:
     return prunings
 
 
-def _check_fields(data: object, names: Sequence[str]) -> None:
-    if not isinstance(data, dict) or any(name not in data for name in names):
-        raise ValueError(f"it must be an object with the fields {', '.join(names)}")
-
-
-def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.ndarray, ...]:
-    _check_fields(data, ("iteration", "window", "layer_numbers", "tokens"))
-    if data["iteration"] != expert_map.iteration:
+def _check_loads(pruning: PruningLoads, expert_map: ExpertMap) -> None:
+    """ValueError unless the map was decided on these loads."""
+    if pruning.iteration != expert_map.iteration:
         raise ValueError(
-            f"it was counted up to iteration {data['iteration']!r}, map.json is of iteration "
+            f"it was counted up to iteration {pruning.iteration}, map.json is of iteration "
             f"{expert_map.iteration}: the files are of different prunings"
         )
-    if type(data["window"]) is not int or not 1 <= data["window"] <= expert_map.iteration:
+    if pruning.loads.layer_numbers != expert_map.layer_numbers:
         raise ValueError(
-            f"window must be an integer from 1 to {expert_map.iteration}, got "
-            f"{str(data['window'])[:40]}"
+            f"it has layers {list(pruning.loads.layer_numbers)}, map.json "
+            f"{list(expert_map.layer_numbers)}: they are of different models"
         )
-    if not isinstance(data["tokens"], list):
-        raise ValueError("tokens must be a list")
-    if data["layer_numbers"] != list(expert_map.layer_numbers):
-        raise ValueError(
-            f"it has layers {data['layer_numbers']}, map.json {list(expert_map.layer_numbers)}: "
-            "they are of different models"
-        )
-    if len(data["tokens"]) != len(expert_map.layers):
-        raise ValueError(
-            f"it has tokens of {len(data['tokens'])} layers for {len(expert_map.layers)}: the file "
-            "is incomplete"
-        )
-    checked = []
-    for loads_E, layer in zip(data["tokens"], expert_map.layers, strict=True):
+    for layer in expert_map.layers:
         try:
-            loads = checked_loads(loads_E)
+            loads = checked_loads(pruning.loads.total(layer.layer_number))
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_number}: {error}") from None
         if loads.size != layer.experts_before:
@@ -144,48 +126,6 @@ def _checked_decision_loads(data: object, expert_map: ExpertMap) -> tuple[np.nda
                 f"layer {layer.layer_number} has other loads than map.json was decided on: the "
                 "files are of different prunings"
             )
-        checked.append(loads)
-    return tuple(checked)
-
-
-def _check_table(
-    data: object,
-    expert_map: ExpertMap,
-    stages: Mapping[int, int] | None,
-    blocks_before: Sequence[Sequence[int]],
-) -> None:
-    _check_fields(data, [field.name for field in dataclasses.fields(PruningSummary)])
-    if data["expert_map_hash"] != expert_map.hash:
-        raise ValueError(
-            f"it was made for the map {str(data['expert_map_hash'])[:12]}, map.json is "
-            f"{expert_map.hash[:12]}: the files are of different prunings"
-        )
-    row_fields = {field.name for field in dataclasses.fields(LayerRow)}
-    _check_numbers(data, PruningSummary, "")
-    if not all(isinstance(stage, dict) for stage in data["stages"]):
-        raise ValueError("its stages must be objects")
-    rows = data["rows"]
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and set(row) == row_fields for row in rows
-    ):
-        raise ValueError(f"each of its rows must have the fields {', '.join(sorted(row_fields))}")
-    for row in rows:
-        _check_numbers(row, LayerRow, f"layer {row['layer_number']}: ")
-    if [row["layer_number"] for row in rows] != list(expert_map.layer_numbers):
-        raise ValueError("its rows are not the layers of map.json: the file is incomplete")
-    summary = summarize(expert_map, None, stages=stages, blocks_before=blocks_before)
-    made = json.loads(json.dumps(summary.to_dict()))  # lists, as in the file
-    _check_same(data, made, [name for name in made if name not in ("rows", *_SIZES)], "")
-    for row, made_row in zip(rows, made["rows"], strict=True):
-        _check_same(row, made_row, made_row, f"layer {row['layer_number']}: ")
-    if len({data[name] is None for name in _SIZES}) > 1:
-        raise ValueError(f"{', '.join(_SIZES)} must all be numbers, or all be unknown")
-    before, after = data["parameters_before"], data["parameters_after"]
-    if before is not None:
-        if not 0 < after <= before:
-            raise ValueError(f"parameters_after is {after}, parameters_before {before}")
-        removed = {"parameters_removed_percent": 100 * (1 - after / before)}
-        _check_same(data, removed, removed, "")
 
 
 # What the map alone does not tell.
@@ -197,30 +137,30 @@ _SIZES = (
 )
 
 
-def _check_numbers(values: dict, kind: type, where: str) -> None:
-    """Every field is a number, but for lists and the hash; unknown ones are None."""
-    for field in dataclasses.fields(kind):
-        value = values[field.name]
-        if field.name == "expert_map_hash" or (value is None and "None" in field.type):
-            continue
-        if "tuple" in field.type and isinstance(value, list):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:
-            raise ValueError(f"{where}{field.name} must be a number, got {str(value)[:40]!r}")
-
-
-def _check_same(values: dict, made: dict, names: Iterable[str], where: str) -> None:
-    """ValueError unless the table says what the map makes of the same loads."""
-    for name in names:
-        found, wanted = values[name], made[name]
-        same = found == wanted
-        if isinstance(found, float) and wanted is not None:
-            same = math.isclose(found, wanted, rel_tol=1e-9)
-        if not same:
+def _table(
+    data: object,
+    expert_map: ExpertMap,
+    stages: Mapping[int, int] | None,
+    blocks_before: Sequence[Sequence[int]],
+) -> dict[str, object]:
+    """What the map and its loads say, with the sizes that the job's table adds to it."""
+    data = named_fields(data, ("expert_map_hash", *_SIZES), "it")
+    if data["expert_map_hash"] != expert_map.hash:
+        raise ValueError(
+            f"it was made for the map {str(data['expert_map_hash'])[:12]}, map.json is "
+            f"{expert_map.hash[:12]}: the files are of different prunings"
+        )
+    sizes = {name: data[name] for name in _SIZES}
+    if set(sizes.values()) != {None}:
+        for name, value in sizes.items():
+            number_within(value, name, -1e18, 1e18)
+        if not 0 < sizes["parameters_after"] <= sizes["parameters_before"]:
             raise ValueError(
-                f"{where}{name} is {found}, and should be {wanted}: the file was edited, or is "
-                "of another pruning"
+                f"parameters_after is {sizes['parameters_after']}, parameters_before "
+                f"{sizes['parameters_before']}"
             )
+    summary = summarize(expert_map, None, stages=stages, blocks_before=blocks_before)
+    return {**summary.to_dict(), **sizes}
 
 
 def read_decisions(run_dir: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""scripts/summarize_run.py on a log in Megatron's format and a table made by the package itself."""
+"""`laep summary` on a log in Megatron's format and a table made by the package itself."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from megatron_laep.plan.summary import ModelSize, summarize
 from megatron_laep.records.training_log import parse_log
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "summarize_run.py"
 
 
 def line(iteration: int, milliseconds: float, loss: float | None) -> str:
@@ -76,9 +75,9 @@ def make_run(folder: Path, log: str = LOG) -> Path:
     return folder
 
 
-def run_script(folder: Path) -> subprocess.CompletedProcess:
+def laep_summary(folder: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)],
+        [sys.executable, "-m", "megatron_laep.tools", "summary", str(folder), *more],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -88,7 +87,7 @@ def run_script(folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_summary_of_a_run(tmp_path):
-    result = run_script(make_run(tmp_path))
+    result = laep_summary(make_run(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
     text = " ".join(result.stdout.split())
     assert text.startswith("pruned after iteration 20 of 40 before pruning")
@@ -111,9 +110,10 @@ def test_summary_of_a_run(tmp_path):
 
 def test_the_last_pruning_is_compared_with_the_model_before_it(tmp_path):
     earlier = make_run(tmp_path) / "laep" / "iter_0000010"
+    table = json.loads((tmp_path / "laep/iter_0000020/table.json").read_text(encoding="utf-8"))
     earlier.mkdir()
-    (earlier / "table.json").write_text(json.dumps({"iteration": 10}), encoding="utf-8")
-    text = " ".join(run_script(tmp_path).stdout.split())
+    (earlier / "table.json").write_text(json.dumps(table | {"iteration": 10}), encoding="utf-8")
+    text = " ".join(laep_summary(tmp_path).stdout.split())
     # Iterations 11 to 20 and 21 to 30: the second of 200, 300 (the first line is left out); means of
     # 3, 2 and of 2.2, 2.
     assert "median iteration time, ms 300.0" in text
@@ -130,7 +130,7 @@ def test_a_continued_run_counts_its_later_lines(tmp_path):
         (35, 95.0, None),
     ]
     assert log.validation is None
-    result = run_script(make_run(tmp_path, "\n".join([line(20, 70, 3.0), *lines])))
+    result = laep_summary(make_run(tmp_path, "\n".join([line(20, 70, 3.0), *lines])))
     assert "pruned after iteration 20 of 40; the run stands at iteration 35" in result.stdout
 
 
@@ -143,6 +143,29 @@ def test_a_log_without_iterations_is_refused():
 def test_a_missing_file_is_named(tmp_path, missing):
     for path in make_run(tmp_path).glob(missing):
         path.unlink()
-    result = run_script(tmp_path)
-    assert result.returncode == 1
-    assert f"ERROR: {tmp_path / missing} does not exist" in result.stderr
+    result = laep_summary(tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"laep: {tmp_path / missing} does not exist")
+
+
+def test_the_log_may_be_elsewhere(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "train.log").rename(tmp_path / "slurm-17.out")
+    result = laep_summary(run, "--log", str(tmp_path / "slurm-17.out"))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"iteration": 20', "is not valid JSON, or it was cut off"),
+        ("[]", "is no table of a pruning"),
+        ('{"iteration": 20, "rows": []}', "is no table of a pruning"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path, text, says):
+    path = make_run(tmp_path) / "laep" / "iter_0000020" / "table.json"
+    path.write_text(text, encoding="utf-8")
+    result = laep_summary(tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"laep: {path} {says}")

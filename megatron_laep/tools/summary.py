@@ -1,36 +1,48 @@
-"""The summary of a finished LAEP run: what pruning did to its size, balance, speed and loss.
+"""``laep summary``: what pruning did to a run's size, balance, speed and loss.
 
-    python scripts/summarize_run.py RUN_DIR
-
-Reads only what the run itself wrote: RUN_DIR/train.log, the output of the training (Megatron's
-lines and the `laep event=load` lines between them), and RUN_DIR/laep/iter_*/table.json, the table
-of the pruning (`PruningSummary.to_dict`). Of several prunings the last one is summarized, against the
-model before it. Needs no torch.
+Reads only what the run itself wrote: RUNDIR/train.log, the output of the training (Megatron's lines
+and the `laep event=load` lines between them), and RUNDIR/laep/iter_*/table.json, the table of the
+pruning (`PruningSummary.to_dict`). Of several prunings the last one is summarized, against the model
+before it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
+from megatron_laep.json_text import read_json
 from megatron_laep.records.training_log import (
+    LOG_NAME,
     TrainingLog,
     mean_between,
     median_milliseconds,
     parse_log,
 )
 
-LOG_NAME = "train.log"
 TABLE_PATTERN = "laep/iter_*/table.json"
 # Losses and loads are noisy from one line of the log to the next: each figure is a mean over so
 # many iterations, fewer where the run has not got as many.
 WINDOW = 20
+_TABLE_FIELDS = (
+    "iteration",
+    "parameters_before",
+    "parameters_after",
+    "experts_before",
+    "experts_after",
+)
+_ROW_FIELDS = {
+    "layer_number",
+    "experts_before",
+    "experts_after",
+    "imbalance_before",
+    "imbalance_after",
+}
 
 
 def summarize_run(log: TrainingLog, table: dict, since: int = 0) -> str:
@@ -125,34 +137,52 @@ def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def read_run(run_dir: Path) -> tuple[TrainingLog, dict, int]:
+def read_run(run_dir: Path, log_path: Path | None = None) -> tuple[TrainingLog, dict, int]:
     """The log and the last table of a run, and the iteration of the pruning before that one (0).
 
-    Errors: ValueError that names what is missing.
+    log_path: None for `run_dir/train.log`.
+    Errors: ValueError that names what is missing or damaged.
     """
-    log_path = run_dir / LOG_NAME
-    tables = sorted(run_dir.glob(TABLE_PATTERN))
-    for found, wanted in ((log_path.is_file(), log_path), (tables, run_dir / TABLE_PATTERN)):
+    log_path = run_dir / LOG_NAME if log_path is None else log_path
+    paths = sorted(run_dir.glob(TABLE_PATTERN))
+    for found, wanted in ((log_path.is_file(), log_path), (paths, run_dir / TABLE_PATTERN)):
         if not found:
             raise ValueError(
                 f"{wanted} does not exist: give the folder of a run that has pruned (--save), with "
-                f"the output of the training in {LOG_NAME}"
+                f"the output of the training in {LOG_NAME}, or where it is with --log"
             )
     log = parse_log(log_path.read_text(encoding="utf-8", errors="replace"))
-    *earlier, table = (json.loads(path.read_text(encoding="utf-8")) for path in tables)
+    *earlier, table = (_read_table(path) for path in paths)
     return log, table, earlier[-1]["iteration"] if earlier else 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    try:
-        print(summarize_run(*read_run(parser.parse_args().run_dir)))
-    except ValueError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return 1
+def _read_table(path: Path) -> dict[str, Any]:
+    table: Any = read_json(path, str(path))
+    if not (
+        isinstance(table, dict)
+        and all(name in table for name in _TABLE_FIELDS)
+        and isinstance(table.get("rows"), list)
+        and all(isinstance(row, dict) and _ROW_FIELDS <= set(row) for row in table["rows"])
+    ):
+        raise ValueError(
+            f"{path} is no table of a pruning: it lacks fields that a job writes; restore it"
+        )
+    return table
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "summary",
+        help="a run before and after its last pruning: size, balance, time, loss",
+        description="Prints what the last pruning of a run did to its size, its balance, its "
+        "iteration time and its loss.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUNDIR", help="the job's --save folder")
+    parser.add_argument("--log", type=Path, help=f"the job's output, if not RUNDIR/{LOG_NAME}")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the summary. Errors: ValueError as `read_run`."""
+    print(summarize_run(*read_run(args.run_dir, args.log)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
