@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_laep.mcore.moe_layer import LaepMoELayer
+from megatron_laep.mcore.optimizer_kinds import moments
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.summary import ModelSize
 
@@ -81,18 +82,18 @@ def measure(
 def _bytes_of_one(
     parameter: torch.nn.Parameter, args: Namespace, expert_parallel_size: int
 ) -> float:
-    """Weight, gradient buffer, and Adam's two moments with the fp32 master of a 16-bit weight.
+    """Weight, gradient buffer, and the optimizer's moments with the fp32 master of a 16-bit weight.
 
-    A distributed optimizer shares the last over the expert's data-parallel replicas: the mean.
+    A distributed optimizer shares the last over the expert's data-parallel replicas: the mean (the
+    layer-wise one shares whole matrices).
     """
     gradient = getattr(parameter, "main_grad", parameter).element_size()
-    moments = 2 if args.optimizer == "adam" else 1
     if args.use_precision_aware_optimizer:
         dtypes = (args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype)
         optimizer = sum(torch.empty(0, dtype=dtype).element_size() for dtype in dtypes)
     else:
-        optimizer = 4 * moments + (4 if parameter.element_size() < 4 else 0)
-    if args.use_distributed_optimizer:
+        optimizer = 4 * moments(parameter, args) + (4 if parameter.element_size() < 4 else 0)
+    if args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer:
         ranks_of_a_model = (
             args.expert_tensor_parallel_size
             * expert_parallel_size

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from megatron_laep.mcore import symbols
+from megatron_laep.mcore import optimizer_kinds, symbols
 
 
 class When(Enum):
@@ -124,14 +124,6 @@ ROWS = (
             ("--use-megatron-fsdp", lambda args, _: args.use_megatron_fsdp),
             ("--use-torch-fsdp2", lambda args, _: args.use_torch_fsdp2),
         )
-    ),
-    Row(
-        When.MODEL,
-        "--optimizer {optimizer} with a distributed optimizer",
-        lambda args, _: args.use_layer_wise_distributed_optimizer,
-        "its state cannot be read through an expert map",
-        "use --optimizer adam",
-        shown="`--optimizer muon`, or another that is distributed layer by layer",
     ),
     Row(
         When.MODEL,
@@ -274,11 +266,23 @@ ROWS = (
     ),
     Row(
         When.PRUNING,
-        "--optimizer {optimizer}",
-        lambda args, _: args.optimizer != "adam",
-        "its state was never carried through an expert map",
-        "use --optimizer adam",
-        shown="`--optimizer`, any but `adam`",
+        "--optimizer soap",
+        lambda args, _: args.optimizer == "soap",
+        "Megatron cannot write SOAP's state into a torch_dist checkpoint, and a pruning goes through "
+        "one: the factors of its preconditioner have not the shape of the weight they belong to, and "
+        "training itself would end at its first save",
+        "use --optimizer muon or adam",
+    ),
+    Row(
+        When.PRUNING,
+        "--optimizer adaptive_muon",
+        lambda args, _: (
+            args.optimizer == "adaptive_muon" and not optimizer_kinds.adaptive_muon_steps()
+        ),
+        "with the installed package emerging-optimizers Megatron's class of that name cannot take a "
+        "step (megatron-core 0.19 was written for 0.2, and sets no scale_mode, which 0.3 reads)",
+        "install emerging-optimizers 0.2, or use --optimizer muon",
+        shown="`--optimizer adaptive_muon` with a package emerging-optimizers that does not fit",
     ),
     # -- what cannot be made twice in a process -------------------------------------------------------
     Row(

@@ -205,7 +205,7 @@ NOT_WHILE_PRUNING = {
     "CUDA graphs": ({"cuda_graph_impl": "local"}, ["--cuda-graph-impl local"]),
     "CUDA graphs, old name": ({"enable_cuda_graph": True}, ["--cuda-graph-impl local"]),
     "CUDA graph of the optimizer": ({"optimizer_cuda_graph": True}, ["--optimizer-cuda-graph"]),
-    "another optimizer": ({"optimizer": "muon"}, ["--optimizer muon", "--optimizer adam"]),
+    "SOAP": ({"optimizer": "soap"}, ["--optimizer soap", "torch_dist", "use --optimizer muon"]),
     "a profile across the pruning": (
         {"profile": True, "profile_step_start": 4, "profile_step_end": 12},
         ["--profile from iteration 4 to 12", "--laep-prune-iteration 10"],

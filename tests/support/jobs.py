@@ -91,9 +91,5 @@ UNSUPPORTED = {
     "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "heterogeneous": (HETEROGENEOUS_FLAGS, ["--heterogeneous-layers-config-path"]),
-    "layer-wise optimizer": (
-        {"optimizer": "muon", "use_distributed_optimizer": True},
-        ["--optimizer muon"],
-    ),
     "upcycling": ({"moe_use_upcycling": True}, ["--moe-use-upcycling"]),
 }
