@@ -12,6 +12,7 @@ The loop itself is Megatron's. A run passes by here in this order::
 Repairs of Megatron's bugs are not here but in ``mcore.upstream_bugs``: hooked only where a bug was shown.
 """
 
+import dataclasses
 import sys
 from argparse import ArgumentParser, Namespace
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from megatron_laep.loop.job import Running
 from megatron_laep.loop.session import Rebuild, session
 from megatron_laep.loop.start import find
 from megatron_laep.mcore import symbols
-from megatron_laep.mcore.checkpoint import ENTRY
+from megatron_laep.mcore.checkpoint import ENTRY, Writer
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.moe_layer import LaepMoELayer, set_layer_counts
 from megatron_laep.mcore.quantile_balancing import with_any_experts
@@ -156,8 +157,10 @@ def _generate_state_dict(original):
     def generate_state_dict(*more, iteration=None, **named):
         state_dict = original(*more, iteration=iteration, **named)
         # Megatron builds the same dict when it loads; only a save has an iteration.
-        if session.active_start is not None and iteration is not None:
-            state_dict[ENTRY] = session.record(iteration).to_entry()
+        start = session.active_start
+        if start is not None and iteration is not None:
+            record = dataclasses.replace(session.record(iteration), writer=Writer.now(start.config))
+            state_dict[ENTRY] = record.to_entry()
         return state_dict
 
     return generate_state_dict

@@ -46,11 +46,46 @@ from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.pruned_checkpoint import PrunedCheckpoint
+from megatron_laep.settings.config import LaepConfig
 
 ENTRY = "megatron_laep"
 PENDING = "pending"
 APPLIED = "applied"
 _RECORD_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Writer:
+    """By what, and with which settings, a checkpoint was written. For people; no job depends on it.
+
+    Attributes:
+        megatron_laep, megatron_core, torch: versions.
+        settings: of LAEP, by name; those that are not the default.
+    """
+
+    megatron_laep: str
+    megatron_core: str
+    torch: str
+    settings: dict[str, object]
+
+    @staticmethod
+    def now(config: LaepConfig) -> "Writer":
+        """This process, in a job with these settings."""
+        # Not at the top: the package's own module stands above all folders.
+        from megatron_laep import __version__
+
+        defaults = {item.name: item.default for item in dataclasses.fields(config)}
+        given = dataclasses.asdict(config)
+        return Writer(
+            megatron_laep=__version__,
+            megatron_core=symbols.megatron_version(),
+            torch=str(torch.__version__),  # a class of its own, which not every loader opens
+            settings={
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in given.items()
+                if value != defaults[name]
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +103,7 @@ class Record:
             weights; their iterations mean nothing here.
         iteration: of the checkpoint. Not stored: read from where Megatron keeps it.
         is_laep: whether a LAEP job wrote the checkpoint; False gives a record without map.
+        writer: what wrote the checkpoint; None where it does not say.
     """
 
     lineage: Lineage = Lineage()
@@ -78,6 +114,7 @@ class Record:
     inherited: int = 0
     iteration: int = 0
     is_laep: bool = True
+    writer: Writer | None = None
 
     @property
     def pruned_at(self) -> tuple[int, ...]:
@@ -101,6 +138,7 @@ class Record:
             "window": dataclasses.asdict(self.window) if self.window else None,
             "ended": [dataclasses.asdict(window) for window in self.ended],
             "declined": list(self.declined),
+            "writer": dataclasses.asdict(self.writer) if self.writer else None,
         }
         original_numbers = len(self.lineage.steps) == (self.map_state == PENDING)
         return record if original_numbers else PrunedCheckpoint(record)
@@ -123,6 +161,7 @@ class Record:
                 f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
             )
         window = record["window"]
+        writer = record.get("writer")  # records of before it have none
         try:
             lineage = Lineage(tuple(map(ExpertMap.from_json, record["lineage"])))
         except ValueError as error:
@@ -135,6 +174,7 @@ class Record:
             declined=tuple(record["declined"]),
             inherited=record["inherited"],
             iteration=iteration,
+            writer=Writer(**writer) if writer else None,
         )
 
 

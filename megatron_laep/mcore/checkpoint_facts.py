@@ -27,7 +27,8 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
 
     ``map_state`` is "none", "pending" or "applied" (``megatron_laep.mcore.checkpoint`` has the table),
     ``prunings`` all that the model has behind it, oldest first. A layer's
-    ``experts_in_checkpoint`` is what the weights are of, ``experts_in_model`` what a job builds
+    ``versions`` and ``settings`` are those of the job that wrote it, the settings as far as they were
+    not the default; None where it does not say. A layer's ``experts_in_checkpoint`` is what the weights are of, ``experts_in_model`` what a job builds
     that loads it, ``lineage`` the original model's ids of those.
     Errors: ValueError if it is not a complete torch_dist checkpoint.
     """
@@ -66,6 +67,13 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
         "path": str(path),
         "iteration": record.iteration,
         "written_by_laep_job": record.is_laep,
+        "versions": {
+            name: getattr(record.writer, name)
+            for name in ("megatron_laep", "megatron_core", "torch")
+        }
+        if record.writer
+        else None,
+        "settings": record.writer.settings if record.writer else None,
         "map_state": record.map_state or "none",
         "lineage": list(record.lineage.hashes),
         "prunings": record.lineage.describe(),

@@ -330,7 +330,7 @@ USED = (
             "num_moe_experts": "give each layer its own experts",
             "moe_router_topk": "count the tokens that a rank sends",
             "moe_token_dispatcher_type": "build the dispatcher for unequal counts",
-            "moe_pad_expert_input_to_capacity": "pad to capacity with unequal counts",
+            "moe_pad_expert_input_to_capacity": "pad unequal counts to capacity",
             "moe_flex_dispatcher_backend": "mark empty slots for each of its back ends",
             "heterogeneous_block_specs": "give each layer its own experts",
             "grad_scale_func": "let go of the old model",
@@ -398,21 +398,10 @@ USED = (
         f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.num_out_tokens",
         "count the tokens that a rank sends",
     ),
-    *_members(
-        f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher",
-        {
-            name: "pad to capacity with unequal counts"
-            for name in (
-                "drop_and_pad",
-                "capacity",
-                "num_experts",
-                "num_local_experts",
-                "input_splits",
-                "output_splits",
-                "tp_size",
-                "ep_size",
-            )
-        },
+    *(
+        Symbol(f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.{name}", "pad unequal counts to capacity")
+        for name in "drop_and_pad capacity num_experts num_local_experts input_splits".split()
+        + "output_splits tp_size ep_size".split()
     ),
     Symbol(
         f"{_DISPATCHER}:MoEAllGatherTokenDispatcher.dispatch_postprocess",
@@ -445,6 +434,11 @@ USED = (
         f"{_CORE}.transformer.moe.router_replay:RouterReplay.clear_global_router_replay_instances",
         "forget the old model's routers",
     ),
+    Symbol(
+        f"{_CORE}.optimizer.emerging_optimizers:TensorParallelAdaptiveMuon",
+        "refuse one that cannot take a step",
+        probed_by="mcore.optimizer_kinds",
+    ),
 )
 
 # -- repaired where it is wrong: upstream_bugs says how that is found out ------------------------------
@@ -474,29 +468,6 @@ REPAIRED = (
     ),
 )
 
-# -- asked only of jobs that have it: optimizer_kinds ---------------------------------------------------
-
-_EMERGING = f"{_CORE}.optimizer.emerging_optimizers"
-
-ASKED = (
-    Symbol(
-        f"{_EMERGING}:HAVE_EMERGING_OPTIMIZERS",
-        "leave it to Megatron to miss a package",
-        probed_by="mcore.optimizer_kinds",
-    ),
-    Symbol(
-        f"{_EMERGING}:TensorParallelAdaptiveMuon",
-        "refuse an adaptive Muon that cannot take a step",
-        takes="params",
-        probed_by="mcore.optimizer_kinds",
-    ),
-    Symbol(
-        f"{_EMERGING}:TensorParallelAdaptiveMuon.step",
-        "refuse an adaptive Muon that cannot take a step",
-        probed_by="mcore.optimizer_kinds",
-    ),
-)
-
 # -- the CPU platform ---------------------------------------------------------------------------------
 
 ON_CPU = (
@@ -522,13 +493,8 @@ ON_CPU = (
     ),
     *(
         Symbol(f"{_CONFIG}.{name}", "have norms under sequence parallelism", probed_by=_CPU)
-        for name in (
-            "sequence_parallel",
-            "layernorm_zero_centered_gamma",
-            "persist_layer_norm",
-            "normalization",
-        )
+        for name in "sequence_parallel layernorm_zero_centered_gamma persist_layer_norm normalization".split()
     ),
 )
 
-SYMBOLS: tuple[Symbol, ...] = HOOKED + CALLERS + USED + REPAIRED + ASKED + ON_CPU
+SYMBOLS: tuple[Symbol, ...] = HOOKED + CALLERS + USED + REPAIRED + ON_CPU

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from types import CodeType
@@ -190,7 +191,11 @@ def _words_of(function: Any) -> set[str]:
 
 
 def megatron_version() -> str:
-    """Asked of the installation: importing Megatron for its version takes seconds."""
+    """Of the Megatron that is imported, else of the installed one: to import it takes seconds."""
+    imported = sys.modules.get("megatron.core")
+    if imported is not None:
+        # Without the commit that Megatron adds: that of the repository that the job was started in.
+        return imported.__version__.partition("+")[0]
     try:
         return importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:

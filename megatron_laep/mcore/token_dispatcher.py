@@ -93,7 +93,7 @@ class SlotAlltoAllTokenDispatcher(_InSlots, MoEAlltoAllTokenDispatcher):
         super().preprocess(routing_map)
         # No expert can get more tokens than there are. The router keeps to that, Megatron's
         # dispatcher does not: with few experts left it would ask for more rows than the map has.
-        self.capacity = min(self.capacity, routing_map.size(0))
+        self.capacity: int = min(self.capacity, routing_map.size(0))
         self.num_out_tokens = self.capacity * self.num_experts
         self.input_splits = [self.capacity * experts for experts in self._experts_per_rank]
         self.output_splits = [self.capacity * self._experts_here] * self.ep_size

@@ -171,7 +171,7 @@ class LoadLog:
             raise Refusal(f"{self.source}: {error}") from None
 
 
-def read(path: str | os.PathLike, data: object = None) -> LoadLog:
+def read(path: str | os.PathLike[str], data: object = None) -> LoadLog:
     """Reads recorded loads.
 
     path: a log (``loads-*.bin`` or the JSON beside it); a folder that holds one log, or its parent
@@ -337,7 +337,7 @@ def _by_layer(stages: tuple[int, ...] | None, numbers: tuple[int, ...]) -> dict[
 
 
 def _padded(
-    windows: list, numbers: tuple[int, ...], lasts: tuple[int, ...]
+    windows: list[Any], numbers: tuple[int, ...], lasts: tuple[int, ...]
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Lists of one window each as padded int64 [W, L, E], and the experts of each layer."""
     rows_WL = []

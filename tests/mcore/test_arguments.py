@@ -169,11 +169,6 @@ NOT_WHILE_PRUNING = {
         ["--moe-router-force-load-balancing"],
     ),
     "forced bias": ({"moe_router_force_biased": -0.5}, ["--moe-router-force-biased -0.5"]),
-    "padding to capacity": (
-        {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0},
-        ["--moe-expert-capacity-factor 1.0"],
-    ),
-    "routing replay": ({"moe_enable_routing_replay": True}, ["--moe-enable-routing-replay"]),
     "no optimizer state": ({"no_save_optim": True}, ["--no-save-optim"]),
     "no random state": ({"no_save_rng": True}, ["--no-save-rng"]),
     "iteration set back": ({"override_ckpt_iteration": 4}, ["--override-ckpt-iteration 4"]),
@@ -195,10 +190,6 @@ NOT_WHILE_PRUNING = {
     "CUDA graphs, old name": ({"enable_cuda_graph": True}, ["--cuda-graph-impl local"]),
     "CUDA graph of the optimizer": ({"optimizer_cuda_graph": True}, ["--optimizer-cuda-graph"]),
     "SOAP": ({"optimizer": "soap"}, ["--optimizer soap", "torch_dist", "use --optimizer muon"]),
-    "loads that are cut off": (
-        {"moe_expert_capacity_factor": 2.0},
-        ["--moe-expert-capacity-factor 2.0"],
-    ),
     "a profile across the pruning": (
         {"profile": True, "profile_step_start": 4, "profile_step_end": 12},
         ["--profile from iteration 4 to 12", "--laep-prune-iteration 10"],

@@ -3,6 +3,7 @@
 Checkpoints are real ones, of little more than their common state.
 """
 
+import importlib.metadata
 import json
 import pickle
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import megatron_laep
 from megatron_laep.plan.expert_map import ExpertMap
 from tests.support import maps
 from tests.support.forks import in_megatron, init_process_group
@@ -35,9 +37,10 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def record(map_state: str | None, window: dict | None = None, second: bool = False):
-    from megatron_laep.mcore.checkpoint import Record
+    from megatron_laep.mcore.checkpoint import Record, Writer
     from megatron_laep.plan.lineage import Lineage
     from megatron_laep.plan.windows import OpenWindow
+    from megatron_laep.settings.config import LaepConfig
 
     maps = [MAP, SECOND] if second else [MAP]
     return Record(
@@ -48,6 +51,7 @@ def record(map_state: str | None, window: dict | None = None, second: bool = Fal
         declined=(4, 8) if window else (),
         inherited=int(second),
         iteration=10,
+        writer=Writer.now(LaepConfig(prune_iteration=(10, 20), alpha="0.2:1-3")),
     )
 
 
@@ -243,6 +247,37 @@ def test_a_checkpoint_of_the_time_before_the_layout():
     refused = in_megatron(open_as_stock, str(before))
     assert NAME in refused.message
     assert in_megatron(open_entry, str(before / "common.pt")).result() == "PrunedCheckpoint"
+
+
+def writer_of(path: str) -> dict | None:
+    import dataclasses
+
+    from megatron_laep.mcore.checkpoint import read_record
+    from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
+
+    allow_pruned_checkpoints()
+    writer = read_record(Path(path)).writer
+    return writer and dataclasses.asdict(writer)
+
+
+def test_the_record_says_by_what_it_was_written(tmp_path):
+    path = str(tmp_path / "saved")
+    in_megatron(write, path, {"iteration": 10}, "pending").result()
+    found = in_megatron(writer_of, path).result()
+    assert (
+        found.pop("torch").partition("+")[0]
+        == importlib.metadata.version("torch").partition("+")[0]
+    )
+    assert found == {
+        "megatron_laep": megatron_laep.__version__,
+        "megatron_core": importlib.metadata.version("megatron-core"),
+        "settings": {"prune_iteration": [10, 20], "alpha": "0.2:1-3"},
+    }
+
+
+def test_a_record_that_does_not_say_by_what_it_was_written():
+    """As all of version 0.1.0."""
+    assert in_megatron(writer_of, str(DATA / "checkpoint_before_layout")).result() is None
 
 
 def test_the_path_that_is_pickled(tmp_path):

@@ -69,9 +69,9 @@ def adaptive_muon_does_not_fit(monkeypatch) -> None:
 # What hits a row, by the flag of the row: arguments, and how the sentence names them.
 GIVEN = {
     "--ckpt-format {ckpt_format}": ({"ckpt_format": "zarr"}, "--ckpt-format zarr"),
-    "--moe-router-load-balancing-type quantile_balancing": (
-        {"moe_router_load_balancing_type": ["aux_loss", "quantile_balancing"]},
-        "--moe-router-load-balancing-type quantile_balancing",
+    "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex": (
+        {"moe_pad_expert_input_to_capacity": True, "moe_token_dispatcher_type": "flex"},
+        "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex",
     ),
     "--moe-ncclep-static-shape (or -zero-copy)": (
         {"moe_ncclep_zero_copy": True},
@@ -109,14 +109,6 @@ GIVEN = {
         {"moe_router_force_biased": 0.0},
         "--moe-router-force-biased 0.0",
     ),
-    "--moe-expert-capacity-factor {moe_expert_capacity_factor}": (
-        {"moe_expert_capacity_factor": 1.5},
-        "--moe-expert-capacity-factor 1.5",
-    ),
-    "--moe-enable-routing-replay": (
-        {"moe_enable_routing_replay": True},
-        "--moe-enable-routing-replay",
-    ),
     "--no-save-optim": ({"no_save_optim": True}, "--no-save-optim"),
     "--no-save-rng": ({"no_save_rng": True}, "--no-save-rng"),
     "--override-ckpt-iteration {override_ckpt_iteration}": (
@@ -149,10 +141,6 @@ GIVEN = {
         "--profile from iteration 8 to 12",
     ),
     "--inprocess-restart": ({"inprocess_restart": True}, "--inprocess-restart"),
-    "--moe-pad-expert-input-to-capacity": (
-        {"moe_pad_expert_input_to_capacity": True},
-        "--moe-pad-expert-input-to-capacity",
-    ),
 }
 
 

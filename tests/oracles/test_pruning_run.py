@@ -3,6 +3,7 @@
 One reference run prunes inside the job; everything else is compared with it, losses to the last bit.
 """
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -162,6 +163,10 @@ def test_inspect_of_its_checkpoints(run) -> None:
         layers = found[iteration]["layers"]
         assert [layer["experts_in_checkpoint"] for layer in layers] == in_checkpoint
         assert [layer["experts_in_model"] for layer in layers] == in_model
+    for item in found.values():
+        assert item["versions"]["megatron_core"] == importlib.metadata.version("megatron-core")
+        assert item["settings"]["prune_iteration"] == [PRUNE]
+        assert item["settings"]["beta"] == 0.5
     assert found[8]["lineage"] == [run.expert_map.hash]
     assert found[8]["layers"][0]["lineage"] == list(run.expert_map.layers[0].kept)
     # Per expert: fc1 64 x 32, fc2 32 x 32.

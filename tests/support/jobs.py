@@ -79,17 +79,6 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
-    "quantile balancing": (
-        {"moe_router_load_balancing_type": "quantile_balancing"},
-        ["--moe-router-load-balancing-type quantile_balancing"],
-    ),
-    "quantile balancing among others": (
-        {
-            "moe_router_load_balancing_type": ["seq_aux_loss", "quantile_balancing"],
-            "moe_aux_loss_coeff": [1e-3, 1e-3],
-        },
-        ["--moe-router-load-balancing-type quantile_balancing"],
-    ),
     "MTP": ({"mtp_num_layers": 1}, ["--mtp-num-layers 1"]),
     "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
