@@ -9,6 +9,7 @@ parameters, or hands all of them to its layer-wise distributed optimizer.
 
 from __future__ import annotations
 
+import importlib.util
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,11 @@ def adaptive_muon_steps() -> bool:
         Whether it fits the installed emerging-optimizers; True without that package, for which
         Megatron has a sentence of its own.
     """
-    import torch
-    from megatron.core.optimizer.emerging_optimizers import (
-        HAVE_EMERGING_OPTIMIZERS,
-        TensorParallelAdaptiveMuon,
-    )
-
-    if not HAVE_EMERGING_OPTIMIZERS:
+    if importlib.util.find_spec("emerging_optimizers") is None:
         return True
+    import torch
+    from megatron.core.optimizer.emerging_optimizers import TensorParallelAdaptiveMuon
+
     parameter = torch.nn.Parameter(torch.eye(2))
     parameter.grad = torch.eye(2)
     try:

@@ -472,6 +472,11 @@ USED = (
         f"{_CORE}.transformer.moe.router_replay:RouterReplay.clear_global_router_replay_instances",
         "forget the old model's routers",
     ),
+    Symbol(
+        f"{_CORE}.optimizer.emerging_optimizers:TensorParallelAdaptiveMuon",
+        "refuse one that cannot take a step",
+        probed_by="mcore.optimizer_kinds",
+    ),
 )
 
 # -- repaired where it is wrong: upstream_bugs says how that is found out ------------------------------
@@ -498,29 +503,6 @@ REPAIRED = (
         "load the momentum of SGD",
         takes="config",
         probed_by="mcore.upstream_bugs",
-    ),
-)
-
-# -- asked only of jobs that have it: optimizer_kinds ---------------------------------------------------
-
-_EMERGING = f"{_CORE}.optimizer.emerging_optimizers"
-
-ASKED = (
-    Symbol(
-        f"{_EMERGING}:HAVE_EMERGING_OPTIMIZERS",
-        "leave it to Megatron to miss a package",
-        probed_by="mcore.optimizer_kinds",
-    ),
-    Symbol(
-        f"{_EMERGING}:TensorParallelAdaptiveMuon",
-        "refuse an adaptive Muon that cannot take a step",
-        takes="params",
-        probed_by="mcore.optimizer_kinds",
-    ),
-    Symbol(
-        f"{_EMERGING}:TensorParallelAdaptiveMuon.step",
-        "refuse an adaptive Muon that cannot take a step",
-        probed_by="mcore.optimizer_kinds",
     ),
 )
 
@@ -553,4 +535,4 @@ ON_CPU = (
     ),
 )
 
-SYMBOLS: tuple[Symbol, ...] = HOOKED + CALLERS + USED + REPAIRED + ASKED + ON_CPU
+SYMBOLS: tuple[Symbol, ...] = HOOKED + CALLERS + USED + REPAIRED + ON_CPU

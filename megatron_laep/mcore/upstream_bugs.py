@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from megatron_laep.checks import Refusal
-from megatron_laep.mcore import symbols
+from megatron_laep.mcore import sgd_state, symbols
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.optimizer_state import ranges_without_padding
 
@@ -114,8 +114,8 @@ class Findings:
         for bug in BUGS:
             if bug.name in self.unknown and args.save and bug.at_stake(args, prunes):
                 raise Refusal(
-                    f"{bug.flag}: whether {bug.effect} cannot be found out with "
-                    f"megatron-core {symbols.megatron_version()} ({self.unknown[bug.name]}), so this job "
+                    f"{bug.flag}: whether {bug.effect} cannot be found out with megatron-core "
+                    f"{symbols.megatron_version()} ({self.unknown[bug.name]}), so this job "
                     f"might write checkpoints that are of no use; {bug.remedy}"
                 )
 
@@ -354,49 +354,6 @@ def _load_fp32(load: Callable[[Any, dict], None]) -> None:
             raise CannotTell(f"of {key} {wanted.tolist()} came {seen[key].tolist()}")
 
 
-# -- SGD ---------------------------------------------------------------------------------------------
-
-
-def _sgd_state() -> bool:
-    """Asks for an SGD optimizer, and for what makes its momentum, into which a checkpoint is loaded."""
-    from megatron.core import optimizer as module
-
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    config = module.OptimizerConfig(optimizer="sgd", lr=1.0)
-    make = module._get_megatron_optimizer_based_on_param_groups
-    before = module.SGD
-    module.SGD = torch.optim.SGD  # TransformerEngine's would take a device
-    try:
-        sgd, init = make(config, [], [{"params": [parameter]}], skip_megatron_wrapping=True)
-    finally:
-        module.SGD = before
-    bug = init is None
-    (_init_momentum if bug else init)(sgd, config)
-    seen = {key: value.tolist() for key, value in sgd.state[parameter].items()}
-    if seen != {"momentum_buffer": [0.0, 0.0]}:
-        raise CannotTell(f"the state of SGD with momentum is made as {seen}")
-    return bug
-
-
-def _init_momentum(optimizer: torch.optim.Optimizer, _config: Any = None) -> None:
-    """Makes the state that a checkpoint of SGD holds; what is there already stays."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            optimizer.state[parameter].setdefault(
-                "momentum_buffer", torch.zeros_like(parameter.data)
-            )
-
-
-def _sgd_with_state(original):
-    def get_megatron_optimizer_based_on_param_groups(config, *more, **named):
-        optimizer = original(config, *more, **named)
-        if config.optimizer == "sgd" and getattr(optimizer, "init_state_fn", ()) is None:
-            optimizer.init_state_fn = _init_momentum
-        return optimizer
-
-    return get_megatron_optimizer_based_on_param_groups
-
-
 # -- help texts ------------------------------------------------------------------------------------
 
 
@@ -492,10 +449,10 @@ BUGS = (
         at_stake=lambda args, prunes: args.optimizer == "sgd",
         flag="--optimizer sgd",
         remedy="use --optimizer adam",
-        is_there=_sgd_state,
+        is_there=sgd_state.is_lost,
         hook=Hook(
             "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
-            _sgd_with_state,
+            sgd_state.with_state,
         ),
         in_every_job=True,
     ),

@@ -210,7 +210,7 @@ def sgd_goes_on(
     """Whether a real SGD that is saved and loaded goes on as one that is not; and what the probe says. One process."""
     from megatron.core import optimizer as module
 
-    from megatron_laep.mcore import upstream_bugs
+    from megatron_laep.mcore import sgd_state, upstream_bugs
     from megatron_laep.mcore.hooks import HookSet
 
     start()
@@ -219,7 +219,7 @@ def sgd_goes_on(
 
         def corrected(config, *more, skip_megatron_wrapping=False, **named):
             made = make(config, *more, skip_megatron_wrapping=skip_megatron_wrapping, **named)
-            return (made[0], upstream_bugs._init_momentum) if skip_megatron_wrapping else made
+            return (made[0], sgd_state.init_momentum) if skip_megatron_wrapping else made
 
         module._get_megatron_optimizer_based_on_param_groups = corrected
     found = upstream_bugs.ask_megatron()
