@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_laep.mcore.argument_table import OPTIONAL, PARSED, RUNNING, VALIDATED
 from megatron_laep.mcore.symbol_table import SYMBOLS, Symbol
-from megatron_laep.mcore.symbols import alternatives, not_looked_up, wrong_parameters
+from megatron_laep.mcore.symbols import MISSING, alternatives, not_looked_up, wrong_parameters
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
@@ -174,12 +174,12 @@ def problem_of(tree: Tree, symbol: Symbol) -> str | None:
     owner, *rest = path.split(".")
     found = tree.resolve(module, owner)
     if found is None:
-        return "is missing" if tree.module(module) is not None else f"is missing, as is {module}"
+        return MISSING if tree.module(module) is not None else f"{MISSING}, as is {module}"
     where, node = found
     for name in rest:
         node = tree.member(where, node, name) if isinstance(node, ast.ClassDef) else None
         if node is None:
-            return "is missing"
+            return MISSING
     if symbol.takes:
         if isinstance(node, ast.ClassDef):
             constructor = tree.member(where, node, "__init__")
@@ -196,7 +196,7 @@ def problem_of(tree: Tree, symbol: Symbol) -> str | None:
         wrong = wrong_parameters(symbol, takes)
         if wrong is not None:
             return wrong
-    wanted = alternatives(symbol)
+    wanted = alternatives(symbol, lambda name: tree.resolve(module, name) is not None)
     return not_looked_up(wanted, _words_of(node)) if wanted else None
 
 
@@ -272,7 +272,9 @@ def report(tree: Tree) -> tuple[list[str], list[str]]:
         problem = problem_of(tree, symbol)
         if problem is not None:
             sentence = f"{symbol.target} {problem} (needed to {symbol.why})"
-            (without if symbol.probed_by == "mcore.upstream_bugs" else missing).append(sentence)
+            optional = symbol.optional and problem.startswith(MISSING)
+            optional |= symbol.probed_by == "mcore.upstream_bugs"
+            (without if optional else missing).append(sentence)
     parsed, later = arguments_of(tree)
     for listed, known in ((PARSED, parsed), (VALIDATED, later), (RUNNING, later)):
         for name, reason in listed.items():

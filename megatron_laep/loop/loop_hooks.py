@@ -51,7 +51,7 @@ from megatron_laep.settings.config import LaepConfig
 def hooks() -> list[Hook]:
     """What ``install`` replaces in Megatron, in this order; why stands in ``symbol_table``."""
     loop = "megatron.training.training"
-    return [
+    wanted = [
         Hook("megatron.training.arguments:add_megatron_arguments", _add_arguments),
         Hook("megatron.training.arguments:parse_args", _parse_args),
         Hook("megatron.training.arguments:validate_args", _validate_args),
@@ -90,6 +90,7 @@ def hooks() -> list[Hook]:
         ),
         Hook("megatron.core.transformer.moe.router:apply_router_token_dropping", note_choice),
     ]
+    return [hook for hook in wanted if symbols.is_there(hook.target)]
 
 
 def _add_arguments(original):

@@ -23,7 +23,9 @@ class Symbol:
         looks_up: of a function or method: names that its body must look up, or texts that it must
             contain, each time it runs; a hook on one of them would never be called otherwise. Names
             with a ``|`` between them are those of different versions: ``symbols.looked_up`` tells
-            which it is.
+            which it is. One with a ``?`` behind it may be missing in the module.
+        optional: some supported Megatron lack it, with the feature that it belongs to; a hook on it
+            is left out there.
         probed_by: the module that asks for it itself, since not every job needs it: ``cpu.platform``
             when it is enabled, ``mcore.optimizer_kinds`` of jobs with that optimizer,
             ``mcore.upstream_bugs``, which then cannot tell whether there is
@@ -35,6 +37,7 @@ class Symbol:
     takes: str = ""
     exactly: bool = False
     looks_up: str = ""
+    optional: bool = False
     probed_by: str = ""
 
 
@@ -153,12 +156,14 @@ HOOKED = (
         f"{_CORE}.distributed.finalize_model_grads:_update_router_qb_beta",
         "update quantile balancing's biases of layers with different expert counts",
         takes="model",
+        optional=True,
     ),
     Symbol(
         f"{_CORE}.transformer.moe.router:qb_dual_update",
         "take quantiles in layers whose experts do not divide the tokens",
         takes="scores, k, beta, update_beta",
         exactly=True,
+        optional=True,
     ),
     Symbol(
         f"{_CORE}.transformer.moe.router:apply_router_token_dropping",
@@ -221,7 +226,7 @@ CALLERS = (
     Symbol(
         f"{_CORE}.distributed.finalize_model_grads:finalize_model_grads",
         "have expert biases updated by the hooks",
-        looks_up="_update_router_expert_bias, _update_router_qb_beta",
+        looks_up="_update_router_expert_bias, _update_router_qb_beta?",
     ),
     Symbol(
         f"{_CORE}.transformer.moe.router:TopKRouter.routing",
@@ -232,6 +237,7 @@ CALLERS = (
         f"{_CORE}.transformer.moe.router:TopKRouter.quantile_balancing",
         "have quantiles taken by the hook",
         looks_up="qb_dual_update",
+        optional=True,
     ),
 )
 
@@ -460,6 +466,7 @@ USED = (
     Symbol(
         f"{_CORE}.transformer.moe.router:TopKRouter.qb_beta",
         "update quantile balancing's biases of layers with different expert counts",
+        optional=True,
     ),
     Symbol(
         f"{_CORE}.transformer.moe.router_replay:RouterReplay.clear_global_router_replay_instances",

@@ -13,7 +13,7 @@ import importlib.metadata
 import inspect
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_laep.checks import Refusal
 from megatron_laep.mcore.argument_table import OPTIONAL, PARSED, RUNNING, VALIDATED
 from megatron_laep.mcore.symbol_table import SYMBOLS, Symbol
 
+MISSING = "is missing"
 _SUPPORTED = (
     "supported is megatron-core >=0.19,<0.20 with megatron.training: install such a version, or run "
     "the script without '-m megatron_laep'"
@@ -69,12 +70,18 @@ def looked_up(target: str) -> str:
     return next(name for name in alternatives(symbol)[0] if name in there)
 
 
+def is_there(target: str) -> bool:
+    """Whether this Megatron has a listed symbol; only an optional one may be missing."""
+    symbol = next(symbol for symbol in SYMBOLS if symbol.target == target)
+    return not symbol.optional or _problem(symbol) != MISSING
+
+
 def missing_symbols(symbols: Iterable[Symbol]) -> list[str]:
     """A phrase for each symbol that is not as the table says, with what it is needed for."""
     found = []
     for symbol in symbols:
         problem = _problem(symbol)
-        if problem is not None:
+        if problem is not None and not (symbol.optional and problem == MISSING):
             found.append(f"{symbol.target} {problem} (needed to {symbol.why})")
     return found
 
@@ -108,11 +115,18 @@ def wrong_parameters(symbol: Symbol, parameters: list[str]) -> str | None:
     return None
 
 
-def alternatives(symbol: Symbol) -> list[list[str]]:
-    """What a symbol looks up: for each thing the names that different Megatron have for it."""
-    return [
-        [name.strip() for name in part.split("|")] for part in symbol.looks_up.split(",") if part
-    ]
+def alternatives(symbol: Symbol, has: Callable[[str], bool] = lambda name: True) -> list[list[str]]:
+    """What a symbol looks up: for each thing the names that different Megatron have for it.
+
+    Args:
+        has: whether the symbol's module has a name; asked of those that may be missing.
+    """
+    found = []
+    for part in _words(symbol.looks_up):
+        name = part.removesuffix("?")
+        if name == part or has(name):
+            found.append([name.strip() for name in name.split("|")])
+    return found
 
 
 def not_looked_up(wanted: list[list[str]], there: set[str]) -> str | None:
@@ -149,7 +163,7 @@ def _problem(symbol: Symbol) -> str | None:
     if not hasattr(owner, name):
         if isinstance(owner, type) and name in _set_on_objects(owner):
             return None
-        return "is missing"
+        return MISSING
     value = getattr(owner, name)
     root = getattr(inspect.unwrap(value), "__module__", None) or module
     if root.partition(".")[0] != module.partition(".")[0]:
@@ -158,7 +172,8 @@ def _problem(symbol: Symbol) -> str | None:
         wrong = wrong_parameters(symbol, list(inspect.signature(value).parameters))
         if wrong is not None:
             return wrong
-    wanted = alternatives(symbol)
+    there = vars(sys.modules[module])
+    wanted = alternatives(symbol, there.__contains__)
     return not_looked_up(wanted, _words_of(value)) if wanted else None
 
 
