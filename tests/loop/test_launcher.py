@@ -194,7 +194,10 @@ def attributes_of_megatron() -> dict[tuple[str, str], int]:
         for name, value in list(vars(module).items()):
             found[module_name, name] = id(value)
             # Not under the other names that a class has in its module.
-            if isinstance(value, type) and (value.__module__, value.__name__) == (module_name, name):
+            if isinstance(value, type) and (value.__module__, value.__name__) == (
+                module_name,
+                name,
+            ):
                 for member, raw in list(vars(value).items()):
                     found[module_name, f"{name}.{member}"] = id(raw)
     return found
