@@ -237,6 +237,7 @@ def measured_layer(experts_per_rank: tuple[int, ...]) -> tuple[int, int, float]:
         optimizer="adam",
         use_precision_aware_optimizer=False,
         use_distributed_optimizer=False,
+        use_layer_wise_distributed_optimizer=False,
     )
     size = measure([layer], {1: layer}, expert_map, args)
     return size.parameters_per_expert, size.other_parameters, size.bytes_per_expert_parameter
