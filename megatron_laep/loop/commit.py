@@ -102,22 +102,11 @@ def agree_on_plan(
     plan: ExpertMap | None,
 ) -> ExpertMap:
     """Rank 0 decides; every rank gets its map, or its complaint. A collective."""
-    try:
-        return ExpertMap.from_json(
-            on_rank_0(lambda: _decide(window, iteration, layout, rules, plan).to_json())
-        )
-    except ValueError as error:
-        raise Refusal(f"pruning at iteration {iteration}: {error}") from None
 
-
-def _decide(
-    window: OpenWindow,
-    iteration: int,
-    layout: ModelLayout,
-    rules: PruningRules,
-    plan: ExpertMap | None,
-) -> ExpertMap:
-    if plan is not None:
+    def decide() -> str:
+        if plan is None:
+            loads = window.loads(layout.layer_numbers)
+            return make_map.make_expert_map(loads, layout, rules, iteration=iteration).to_json()
         # The experts are the file's; the loads, sizes and date are this job's.
         layers = tuple(
             dataclasses.replace(layer, loads=tokens_E)
@@ -128,9 +117,12 @@ def _decide(
             iteration=iteration,
             layers=layers,
             expert_parallel_size_before=layout.expert_parallel_size_before,
-        )
-    loads = window.loads(layout.layer_numbers)
-    return make_map.make_expert_map(loads, layout, rules, iteration=iteration)
+        ).to_json()
+
+    try:
+        return ExpertMap.from_json(on_rank_0(decide))
+    except ValueError as error:
+        raise Refusal(f"pruning at iteration {iteration}: {error}") from None
 
 
 def _report(

@@ -11,12 +11,18 @@ import pytest
 
 from megatron_laep import ExpertMap, LayerMap
 from tests.oracles.test_permutation import TOP_1
-from tests.oracles.test_permutation import assert_same_run as same_run
+from tests.oracles.test_uneven_experts import (
+    EXPERTS,
+    ITERATIONS,
+    PRUNE,
+    assert_same_run,
+    map_of,
+    saved_in,
+)
 from tests.support.runs import RunResult, run_batch, tiny_arguments
 
 pytestmark = pytest.mark.equality
 
-ITERATIONS, PRUNE, EXPERTS = 7, 3, 24
 TOP_2 = {"moe_router_topk": 2, "moe_router_score_function": "softmax"}
 
 
@@ -56,10 +62,6 @@ def renumbered(num_groups: int, ranks: int, top_k: int) -> ExpertMap:
     )
 
 
-def saved_in(folder: Path) -> dict:
-    return {"save": folder, "load": folder, "save_interval": 1000}
-
-
 def permuted(folder: Path, groups: tuple[int, int], ranks: int, **more) -> tuple:
     folder.mkdir()
     plan = renumbered(groups[0], ranks, more["moe_router_topk"])
@@ -74,10 +76,6 @@ def pruned(folder: Path, groups: tuple[int, int], ranks: int, **more) -> tuple:
     return True, flags(*groups, laep_prune_iteration=PRUNE, **saved_in(folder), **more)
 
 
-def map_of(folder: Path) -> Path:
-    return folder / "laep" / f"iter_{PRUNE:07d}" / "map.json"
-
-
 def masked(folder: Path, groups: tuple[int, int], ranks: int, **more) -> tuple:
     more |= {"expert_model_parallel_size": ranks, "load": folder, "ckpt_step": PRUNE}
     return False, flags(*groups, **more), map_of(folder)
@@ -86,10 +84,6 @@ def masked(folder: Path, groups: tuple[int, int], ranks: int, **more) -> tuple:
 def resumed(folder: Path, groups: tuple[int, int], ranks: int, **more) -> tuple:
     more |= {"expert_model_parallel_size": ranks, "load": folder, "ckpt_step": PRUNE}
     return True, flags(*groups, **more)
-
-
-def assert_same_run(run: RunResult, reference: RunResult) -> None:
-    same_run(run, reference, prune=PRUNE)
 
 
 def assert_groups_are_whole(folder: Path, num_groups: int, ranks: int) -> None:
