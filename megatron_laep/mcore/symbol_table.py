@@ -487,6 +487,11 @@ REPAIRED = (
         takes="config",
         probed_by="mcore.upstream_bugs",
     ),
+    Symbol(
+        f"{_CORE}.optimizer.optimizer:MegatronOptimizer.init_state_fn",
+        "load the momentum of SGD",
+        probed_by="mcore.upstream_bugs",
+    ),
 )
 
 # -- the CPU platform ---------------------------------------------------------------------------------
