@@ -46,6 +46,7 @@ SOUND = dict(
     optimizer="adam",
     optimizer_cuda_graph=False,
     perform_rl_step=False,
+    pipeline_model_parallel_size=1,
     profile=False,
     profile_step_end=12,
     profile_step_start=8,
@@ -53,6 +54,7 @@ SOUND = dict(
     save="/checkpoints",
     skip_train=False,
     tp_comm_overlap=False,
+    untie_embeddings_and_output_weights=False,
     use_gloo_process_groups=True,
     use_layer_wise_distributed_optimizer=False,
     use_megatron_fsdp=False,
@@ -71,7 +73,6 @@ GIVEN = {
         {"moe_ncclep_zero_copy": True},
         "--moe-ncclep-static-shape (or -zero-copy)",
     ),
-    "--mtp-num-layers {mtp_num_layers}": ({"mtp_num_layers": 2}, "--mtp-num-layers 2"),
     "--hybrid-layer-pattern {hybrid_layer_pattern}": (
         {"hybrid_layer_pattern": "*E*E"},
         "--hybrid-layer-pattern *E*E",
@@ -106,6 +107,10 @@ GIVEN = {
     "--moe-router-force-biased {moe_router_force_biased}": (
         {"moe_router_force_biased": 0.0},
         "--moe-router-force-biased 0.0",
+    ),
+    "--mtp-num-layers {mtp_num_layers} with pipeline stages and tied embeddings": (
+        {"mtp_num_layers": 2, "pipeline_model_parallel_size": 2},
+        "--mtp-num-layers 2 with pipeline stages and tied embeddings",
     ),
     "--no-save-optim": ({"no_save_optim": True}, "--no-save-optim"),
     "--no-save-rng": ({"no_save_rng": True}, "--no-save-rng"),
@@ -174,11 +179,11 @@ def test_arguments_that_this_megatron_lacks_hit_nothing():
 
 
 def test_a_job_knows_what_its_exit_would_lift():
-    args = Namespace(**(SOUND | {"nccl_ub": True, "no_save_rng": True, "mtp_num_layers": 1}))
+    args = Namespace(**(SOUND | {"nccl_ub": True, "no_save_rng": True, "use_torch_fsdp2": True}))
     config = LaepConfig(prune_iteration=10)
     found = refusals.hits_of_pruning(args, config, config.legs())
     assert {hit.row.flag.split()[0]: hit.row.lifted for hit in found} == {
-        "--mtp-num-layers": False,
+        "--use-torch-fsdp2": False,
         "--no-save-rng": False,
         "--nccl-ub": True,
     }

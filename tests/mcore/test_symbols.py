@@ -55,7 +55,9 @@ OBJECTS = {
 # What these objects have of torch, or of this package.
 NOT_MEGATRONS = {
     "build_fn",  # of a ShardedTensorFactory, in its ``takes``
+    "laep_layers_before",
     "laep_slot_table",
+    "laep_slot_tables",
     "get_config_for_layer",  # set here, looked up by TransformerBlock._build_layers
     "modules",
     "parameters",
@@ -231,7 +233,7 @@ def arguments_read() -> Iterator[tuple[str, str, str]]:
 
 def test_every_argument_is_listed_and_optional_ones_are_read_through_the_accessor():
     found = set(arguments_read())
-    assert ("mcore/described_model.py", "moe_layer_freq", "read") in found
+    assert ("mcore/layer_numbers.py", "moe_layer_freq", "read") in found
     assert ("mcore/checkpoint.py", "dist_ckpt_strictness", "set") in found
     assert ("loop/start.py", "no_load_rng", "set") in found
     missing = sorted(
