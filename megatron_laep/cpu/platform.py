@@ -348,6 +348,54 @@ def _patch_accelerator() -> None:
     accelerator.current_stream = lambda device=None: SimpleNamespace(is_capturing=lambda: False)
 
 
+class _AllDone:
+    """The handle of several collectives."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self, timeout: Any = None) -> bool:
+        for work in self._works:
+            work.wait()
+        return True
+
+
+def _patch_collectives() -> None:
+    """``all_gather`` of ranks that give differently many numbers, as NCCL has it and gloo has not.
+
+    Needed by: the layer-wise distributed optimizer, whose ranks hold different parameters.
+    """
+    distributed = torch.distributed
+    all_gather = distributed.all_gather
+
+    @functools.wraps(all_gather)
+    def all_gather_of_any_sizes(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.shape for part in tensor_list}) <= 1:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        rank = distributed.get_rank(group)
+        if tensor_list[rank].data_ptr() != tensor.data_ptr():
+            tensor_list[rank].copy_(tensor)
+        # The sizes are the same lists on all ranks, so all send and expect the same parts.
+        done = _AllDone(
+            [
+                distributed.broadcast(part, group=group, group_src=source, async_op=True)
+                for source, part in enumerate(tensor_list)
+                if part.numel()
+            ]
+        )
+        if async_op:
+            return done
+        done.wait()
+        return None
+
+    distributed.all_gather = all_gather_of_any_sizes
+
+
 def patch_torch() -> None:
     """Replace what Megatron uses of CUDA in torch, before it is imported.
 
@@ -362,6 +410,7 @@ def patch_torch() -> None:
     _patch_cuda()
     _patch_compiler()
     _patch_accelerator()
+    _patch_collectives()
     # Megatron wants it set for tensor parallelism; on the CPU there is one queue anyway.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "OMP_NUM_THREADS" not in os.environ:

@@ -56,6 +56,7 @@ PARSED = {
     "moe_pad_expert_input_to_capacity": "refuse it with the flex dispatcher",
     "moe_router_force_biased": "refuse random routing",
     "moe_router_force_load_balancing": "refuse random routing",
+    "moe_router_load_balancing_type": "see to it that quantiles can be taken",
     "moe_router_group_topk": "keep groups of experts equal and together",
     "moe_router_num_groups": "keep groups of experts equal and together",
     "moe_router_topk": "keep at least so many experts",
@@ -66,6 +67,7 @@ PARSED = {
     "nccl_ub": "refuse it where the model is rebuilt in the job",
     "no_load_optim": "go on from the job's own checkpoint",
     "no_load_rng": "go on from the job's own checkpoint",
+    "muon_scalar_optimizer": "tell the memory that is freed",
     "no_save_optim": "refuse checkpoints that lack the optimizer",
     "no_save_rng": "refuse checkpoints that lack the random state",
     "non_persistent_ckpt_type": "find the checkpoint that Megatron would load",
@@ -74,7 +76,7 @@ PARSED = {
     "num_distributed_optimizer_instances": "tell how many ranks share optimizer state",
     "num_experts": "know the experts of the full model",
     "num_layers": "tell which layers have experts",
-    "optimizer": "refuse optimizers whose state was never carried through a map",
+    "optimizer": "refuse optimizers whose state cannot be saved, and tell the memory that is freed",
     "optimizer_cuda_graph": "refuse captured graphs",
     "overlap_moe_expert_parallel_comm": "refuse it where nothing is left to overlap",
     "perform_rl_step": "refuse what is not pre-training",
@@ -86,6 +88,7 @@ PARSED = {
     "rerun_mode": "refuse to count an iteration twice",
     "save": "write the checkpoint with the map",
     "seq_length": "tell how many iterations a batch size schedule has",
+    "sgd_momentum": "tell the memory that is freed",
     "skip_train": "refuse what is not training",
     "step_batch_size_schedule": "tell how many iterations there will be",
     "tensor_model_parallel_size": "count parameters",
@@ -105,7 +108,7 @@ PARSED = {
 # Worked out by Megatron when it validates them.
 VALIDATED = {
     "data_parallel_size": "tell how many iterations a batch size schedule has",
-    "use_layer_wise_distributed_optimizer": "refuse state that cannot be read through a map",
+    "use_layer_wise_distributed_optimizer": "tell the memory that is freed",
 }
 
 # Set by Megatron while it sets the model up.

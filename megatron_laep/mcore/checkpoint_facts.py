@@ -33,11 +33,11 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     """The facts of a torch_dist checkpoint, JSON-able.
 
     ``map_state`` is "none", "pending" or "applied" (``megatron_laep.mcore.checkpoint`` has the table),
-    ``prunings`` all that the model has behind it, oldest first. A layer's
+    ``prunings`` all that the model has behind it, oldest first.
     ``versions`` and ``settings`` are those of the job that wrote it, the settings as far as they were
     not the default; None where it does not say. A layer's ``experts_in_checkpoint`` is what the
     weights are of, ``experts_in_model`` what a job builds that loads it, ``lineage`` the original
-    model's ids of those. ``name`` tells the layers of multi-token prediction from the decoder's, if
+    model's ids of those; ``name`` tells the layers of multi-token prediction from the decoder's, if
     there are any.
     Errors: ValueError if it is not a complete torch_dist checkpoint.
     """

@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_laep.mcore.moe_layer import LaepMoELayer
+from megatron_laep.mcore.optimizer_kinds import moments
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.summary import ModelSize
 
@@ -18,7 +19,7 @@ def measure(
 ) -> ModelSize:
     """Counts the parameters of the whole model, all pipeline stages and tensor shards together.
 
-    A collective over each pipeline group; every rank gets the same value.
+    A collective over the default group; every rank gets the same value.
 
     Args:
         model: this rank's model chunks, wrapped for data parallelism.
@@ -28,7 +29,8 @@ def measure(
 
     Returns:
         Parameters of one expert (its weights and its rows of the router), of everything else, and
-        the bytes that one expert parameter takes on a rank with its gradient and optimizer state.
+        the bytes that these parameters take on a rank, each, with gradient and optimizer state.
+        Those of the router, which every rank holds, take none here: the memory is that of experts.
     """
     expert_shards = args.expert_tensor_parallel_size
     per_expert = 0.0
@@ -40,15 +42,19 @@ def measure(
         per_expert_ids.update(id(p) for p in weights + rows)
         if not weights:  # none of this layer's experts is here
             continue
-        # Matrices are split over the expert tensor parallel ranks, biases of the second layer not.
-        numel = sum(p.numel() * (expert_shards if p.dim() > 1 else 1) for p in weights)
+        # Experts that are split over ranks are so in all their parameters: they have no biases.
+        numel = sum(p.numel() for p in weights) * expert_shards
         per_expert = numel / layer.num_local_experts + sum(
             p.numel() / layer.config.num_moe_experts for p in rows
         )
-        bytes_before = _bytes_per_parameter(
-            weights[0], args, expert_map.expert_parallel_size_before
+        bytes_before, bytes_after = (
+            sum(p.numel() * _bytes_of_one(p, args, size) for p in weights)
+            / (layer.num_local_experts * per_expert)
+            for size in (
+                expert_map.expert_parallel_size_before,
+                expert_map.expert_parallel_size_after,
+            )
         )
-        bytes_after = _bytes_per_parameter(weights[0], args, expert_map.expert_parallel_size_after)
     others = sum(
         p.numel()
         * (args.tensor_model_parallel_size if getattr(p, "tensor_model_parallel", False) else 1)
@@ -60,11 +66,11 @@ def measure(
     device = torch.cuda.current_device()
     total = torch.tensor([others], dtype=torch.int64, device=device)
     torch.distributed.all_reduce(total, group=group)
-    # A stage may have no MoE layer; those that have agree.
+    # A stage may have no MoE layer, a rank no expert; those that have agree.
     expert = torch.tensor(
         [per_expert, bytes_before, bytes_after], dtype=torch.float64, device=device
     )
-    torch.distributed.all_reduce(expert, op=torch.distributed.ReduceOp.MAX, group=group)
+    torch.distributed.all_reduce(expert, op=torch.distributed.ReduceOp.MAX)
     return ModelSize(
         parameters_per_expert=round(expert[0].item()),
         other_parameters=int(total.item()),
@@ -73,24 +79,26 @@ def measure(
     )
 
 
-def _bytes_per_parameter(
+def _bytes_of_one(
     parameter: torch.nn.Parameter, args: Namespace, expert_parallel_size: int
 ) -> float:
-    """Weight, gradient buffer, and Adam's two moments with the fp32 master of a 16-bit weight.
+    """Weight, gradient buffer, and the optimizer's moments with the fp32 master of a 16-bit weight.
 
-    A distributed optimizer shares the last over the expert's data-parallel replicas. Divided by
-    the expert tensor parallel size, over which the weight itself is split.
+    A distributed optimizer shares the last over the expert's data-parallel replicas: the mean (the
+    layer-wise one shares whole matrices).
     """
     gradient = getattr(parameter, "main_grad", parameter).element_size()
-    moments = 2 if args.optimizer == "adam" else 1
     if args.use_precision_aware_optimizer:
         dtypes = (args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype)
         optimizer = sum(torch.empty(0, dtype=dtype).element_size() for dtype in dtypes)
     else:
-        optimizer = 4 * moments + (4 if parameter.element_size() < 4 else 0)
-    shards = args.expert_tensor_parallel_size
-    if args.use_distributed_optimizer:
-        ranks_of_a_model = shards * expert_parallel_size * args.pipeline_model_parallel_size
+        optimizer = 4 * moments(parameter, args) + (4 if parameter.element_size() < 4 else 0)
+    if args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer:
+        ranks_of_a_model = (
+            args.expert_tensor_parallel_size
+            * expert_parallel_size
+            * args.pipeline_model_parallel_size
+        )
         replicas = args.world_size // ranks_of_a_model
         optimizer /= replicas // args.num_distributed_optimizer_instances
-    return (parameter.element_size() + gradient + optimizer) / shards
+    return parameter.element_size() + gradient + optimizer

@@ -1,10 +1,12 @@
 """Optimizer state that comes from another model or other ranks: what Megatron gets wrong on the way.
 
 **Nesting.** With expert parallelism Megatron chains two optimizers (dense and expert parameters) and saves
-``{0: state, 1: state}``; without it there is one, saved as ``state``. A job whose expert-parallel
-size changes to or from 1 meets the other form. The tensors need no care, since their keys speak of
-parameters, not of optimizers; this module adapts what is not a tensor: parameter groups and
-scalars.
+``{0: state, 1: state}``; without it there is one, saved as ``state``. Where matrices have another
+kind of optimizer than the rest (Muon and Adam), it is one for each kind, dense and expert, or for
+each kind (the layer-wise distributed optimizer). A job whose expert-parallel size changes to or from
+1 meets other optimizers, or other parameter groups in them. The tensors need no care, since their
+keys speak of parameters, not of optimizers; this module adapts what is not a tensor: parameter
+groups and scalars.
 
 **Ranks without a parameter.** Rank 0 writes groups and scalars for everybody, also for an optimizer of
 which it has no parameter itself: a pipeline stage without experts, a rank that holds none.
@@ -24,6 +26,8 @@ from megatron_laep.checks import Refusal
 
 # Dense and expert parameters differ by this flag only; with expert parallelism 1 all are dense.
 _EXPERT_FLAG = "is_expert_parallel"
+# Names the optimizer of a group that is not of the job's main kind.
+_KIND = "optimizer"
 
 
 def adapt_common_state(saved: dict, wanted: dict) -> dict:
@@ -35,16 +39,20 @@ def adapt_common_state(saved: dict, wanted: dict) -> dict:
             how many optimizers there are and which parameter groups each has.
 
     Returns:
-        ``saved`` itself where the nesting is the same; else a new value.
+        ``saved`` itself where it has the same optimizers with the same parameter groups; else a new
+        value.
 
     Raises:
         ValueError: the checkpoint's format cannot be renested; a parameter group of the job has no
             counterpart in the checkpoint, or two that disagree.
     """
     saved_parts, wanted_parts = _parts(saved), _parts(wanted)
-    if len(saved_parts) == len(wanted_parts):
+    by_buffers = not all(isinstance(_holder(part), dict) for part in saved_parts)
+    if len(saved_parts) == len(wanted_parts) and (
+        by_buffers or all(map(_same_groups, saved_parts, wanted_parts))
+    ):
         return saved
-    if not all(isinstance(_holder(part), dict) for part in saved_parts):
+    if by_buffers:
         raise Refusal(
             "the optimizer state of the checkpoint is laid out by buffers (dp_reshardable) and "
             "cannot change between expert parallelism and none; save it with "
@@ -53,7 +61,7 @@ def adapt_common_state(saved: dict, wanted: dict) -> dict:
     saved_groups = [group for part in saved_parts for group in _holder(part)["param_groups"]]
     adapted = []
     for wanted_part in wanted_parts:
-        # Scalars (step counts, gradient scaler, format) are the same in all chained optimizers.
+        # Scalars (gradient scaler, format) are the same in all chained optimizers.
         part = copy.deepcopy(saved_parts[0])
         _holder(part)["param_groups"] = [
             _matching_group(group, saved_groups) for group in _holder(wanted_part)["param_groups"]
@@ -79,13 +87,18 @@ def complete_common_state(saved: dict) -> None:
         if isinstance(holder, dict)
         for group in holder.get("param_groups", ())
     ]
-    steps = [group["step"] for group in groups if "step" in group]
-    for group in groups:
-        if steps:
-            group["step"] = max(steps)
+    for kind in {group.get(_KIND) for group in groups}:
+        # Muon's groups, beside Adam's, have no step at all.
+        of_kind = [group for group in groups if group.get(_KIND) == kind]
+        steps = [group["step"] for group in of_kind if "step" in group]
+        for group in of_kind:
+            if steps:
+                group["step"] = max(steps)
     for part in _parts(saved):
         masters = part.get("fp32_from_fp16_params")
-        if masters is not None and not any(masters):
+        # The layer-wise optimizer has a dict of these lists in the place of the list.
+        lists = list(masters.values()) if isinstance(masters, dict) else masters
+        if lists is not None and not any(lists):
             del part["fp32_from_fp16_params"]
 
 
@@ -159,22 +172,35 @@ def _holder(part: dict) -> Any:
     return part if "param_groups" in part else part.get("optimizer")
 
 
+def _identity(group: dict, keys: Sequence[str]) -> tuple:
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)
+
+
+def _same_groups(saved: dict, wanted: dict) -> bool:
+    """Whether a saved optimizer has the groups that are wanted and no others, as Megatron tells them apart."""
+    saved_groups, wanted_groups = (_holder(part)["param_groups"] for part in (saved, wanted))
+    keys = param_group_identifier_keys
+    there, asked = (
+        {_identity(group, keys) for group in groups} for groups in (saved_groups, wanted_groups)
+    )
+    return len(saved_groups) == len(wanted_groups) and there == asked
+
+
 def _matching_group(wanted: dict, saved_groups: list[dict]) -> dict:
     keys = [key for key in param_group_identifier_keys if key != _EXPERT_FLAG]
-
-    def identity(group: dict) -> tuple:
-        return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)
 
     def values(group: dict) -> dict:
         return {k: v for k, v in group.items() if k not in ("params", _EXPERT_FLAG)}
 
-    candidates = [group for group in saved_groups if identity(group) == identity(wanted)]
+    candidates = [
+        group for group in saved_groups if _identity(group, keys) == _identity(wanted, keys)
+    ]
     if not candidates:
         raise Refusal(
             "optimizer state of the checkpoint: no parameter group with "
-            f"{dict(zip(keys, identity(wanted), strict=True))}, got "
-            f"{[identity(group) for group in saved_groups]}; resume with the same optimizer flags "
-            "(weight decay, learning-rate multipliers) as the job that saved it"
+            f"{dict(zip(keys, _identity(wanted, keys), strict=True))}, got "
+            f"{[_identity(group, keys) for group in saved_groups]}; resume with the same optimizer "
+            "flags (weight decay, learning-rate multipliers) as the job that saved it"
         )
     first = candidates[0]
     if any(values(group) != values(first) for group in candidates[1:]):

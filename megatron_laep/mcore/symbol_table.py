@@ -25,7 +25,8 @@ class Symbol:
             with a ``|`` between them are those of different versions: ``symbols.looked_up`` tells
             which it is.
         probed_by: the module that asks for it itself, since not every job needs it: ``cpu.platform``
-            when it is enabled, ``mcore.upstream_bugs``, which then cannot tell whether there is
+            when it is enabled, ``mcore.optimizer_kinds`` of jobs with that optimizer,
+            ``mcore.upstream_bugs``, which then cannot tell whether there is
             something to repair. Empty: every job needs it.
     """
 
@@ -485,6 +486,35 @@ REPAIRED = (
         "load the state of fp32 parameters",
         probed_by="mcore.upstream_bugs",
     ),
+    Symbol(
+        f"{_CORE}.optimizer:_get_megatron_optimizer_based_on_param_groups",
+        "load the momentum of SGD",
+        takes="config",
+        probed_by="mcore.upstream_bugs",
+    ),
+)
+
+# -- asked only of jobs that have it: optimizer_kinds ---------------------------------------------------
+
+_EMERGING = f"{_CORE}.optimizer.emerging_optimizers"
+
+ASKED = (
+    Symbol(
+        f"{_EMERGING}:HAVE_EMERGING_OPTIMIZERS",
+        "leave it to Megatron to miss a package",
+        probed_by="mcore.optimizer_kinds",
+    ),
+    Symbol(
+        f"{_EMERGING}:TensorParallelAdaptiveMuon",
+        "refuse an adaptive Muon that cannot take a step",
+        takes="params",
+        probed_by="mcore.optimizer_kinds",
+    ),
+    Symbol(
+        f"{_EMERGING}:TensorParallelAdaptiveMuon.step",
+        "refuse an adaptive Muon that cannot take a step",
+        probed_by="mcore.optimizer_kinds",
+    ),
 )
 
 # -- the CPU platform ---------------------------------------------------------------------------------
@@ -516,4 +546,4 @@ ON_CPU = (
     ),
 )
 
-SYMBOLS: tuple[Symbol, ...] = HOOKED + CALLERS + USED + REPAIRED + ON_CPU
+SYMBOLS: tuple[Symbol, ...] = HOOKED + CALLERS + USED + REPAIRED + ASKED + ON_CPU

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from megatron_laep.mcore import symbols
+from megatron_laep.mcore import optimizer_kinds, symbols
 
 
 class When(Enum):
@@ -19,7 +19,6 @@ class When(Enum):
     PRUNING = "Jobs that prune"
     REBUILD = "Jobs that prune and go on in the same process"
     UNEVEN = "Models whose expert-parallel ranks hold different numbers of experts"
-    RECORD = "Jobs with `--laep-record-interval`"
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,6 @@ ROWS = (
     ),
     Row(
         When.MODEL,
-        "--hybrid-layer-pattern {hybrid_layer_pattern}",
-        lambda args, _: args.hybrid_layer_pattern is not None,
-        "a hybrid stack gives all its layers one config",
-        "only GPT models can be pruned",
-    ),
-    Row(
-        When.MODEL,
         "--heterogeneous-layers-config-path (or -encoded-json)",
         lambda args, _: (
             args.heterogeneous_layers_config_path is not None
@@ -124,14 +116,6 @@ ROWS = (
             ("--use-megatron-fsdp", lambda args, _: args.use_megatron_fsdp),
             ("--use-torch-fsdp2", lambda args, _: args.use_torch_fsdp2),
         )
-    ),
-    Row(
-        When.MODEL,
-        "--optimizer {optimizer} with a distributed optimizer",
-        lambda args, _: args.use_layer_wise_distributed_optimizer,
-        "its state cannot be read through an expert map",
-        "use --optimizer adam",
-        shown="`--optimizer muon`, or another that is distributed layer by layer",
     ),
     Row(
         When.MODEL,
@@ -197,6 +181,21 @@ ROWS = (
     ),
     Row(
         When.PRUNING,
+        "--moe-router-load-balancing-type quantile_balancing with --num-experts {num_experts}, "
+        "--micro-batch-size {micro_batch_size} and --seq-length {seq_length}",
+        lambda args, _: (
+            args.moe_router_load_balancing_type == "quantile_balancing"
+            and args.num_experts is not None
+            and args.micro_batch_size * args.seq_length < args.num_experts
+        ),
+        "a micro-batch has fewer tokens than experts, so a layer may keep so many that no token is left "
+        "to take quantiles of",
+        "use a larger --micro-batch-size",
+        shown="`--moe-router-load-balancing-type quantile_balancing` with fewer tokens in a "
+        "micro-batch than experts",
+    ),
+    Row(
+        When.PRUNING,
         "--no-save-optim",
         lambda args, _: args.no_save_optim,
         "the optimizer state would be lost at pruning",
@@ -259,11 +258,23 @@ ROWS = (
     ),
     Row(
         When.PRUNING,
-        "--optimizer {optimizer}",
-        lambda args, _: args.optimizer != "adam",
-        "its state was never carried through an expert map",
-        "use --optimizer adam",
-        shown="`--optimizer`, any but `adam`",
+        "--optimizer soap",
+        lambda args, _: args.optimizer == "soap",
+        "Megatron cannot write SOAP's state into a torch_dist checkpoint, and a pruning goes through "
+        "one: the factors of its preconditioner have not the shape of the weight they belong to, and "
+        "training itself would end at its first save",
+        "use --optimizer muon or adam",
+    ),
+    Row(
+        When.PRUNING,
+        "--optimizer adaptive_muon",
+        lambda args, _: (
+            args.optimizer == "adaptive_muon" and not optimizer_kinds.adaptive_muon_steps()
+        ),
+        "with the installed package emerging-optimizers Megatron's class of that name cannot take a "
+        "step (megatron-core 0.19 was written for 0.2, and sets no scale_mode, which 0.3 reads)",
+        "install emerging-optimizers 0.2, or use --optimizer muon",
+        shown="`--optimizer adaptive_muon` with a package emerging-optimizers that does not fit",
     ),
     # -- what cannot be made twice in a process -------------------------------------------------------
     Row(
@@ -324,13 +335,5 @@ ROWS = (
         _delayed_scaling,
         "its scaling history is reduced over ranks that must hold equally many experts",
         "use another recipe",
-    ),
-    # -- records --------------------------------------------------------------------------------------
-    Row(
-        When.RECORD,
-        "--hybrid-layer-pattern {hybrid_layer_pattern}",
-        lambda args, _: args.hybrid_layer_pattern is not None,
-        "the record would not tell its layers apart",
-        "remove --laep-record-interval",
     ),
 )

@@ -54,6 +54,7 @@ class Bug:
         until: when the row can go. Until then it does no harm.
         at_stake: (arguments of a job that saves, whether it will be pruned) -> whether it must be
             refused where the probe cannot tell.
+        flag: what makes such a job one, for that refusal.
         remedy: of that refusal.
         is_there: the probe. True shows the bug, False that Megatron is right; whatever it raises
             means that it cannot tell. None where the job's own objects are asked (``mend_help``).
@@ -68,6 +69,7 @@ class Bug:
     repair: str
     until: str
     at_stake: Callable[[Namespace, bool], bool] = lambda args, prunes: False
+    flag: str = "--use-distributed-optimizer"
     remedy: str = ""
     is_there: Callable[[], bool] | None = None
     hook: Hook | None = None
@@ -112,7 +114,7 @@ class Findings:
         for bug in BUGS:
             if bug.name in self.unknown and args.save and bug.at_stake(args, prunes):
                 raise Refusal(
-                    f"--use-distributed-optimizer: whether {bug.effect} cannot be found out with "
+                    f"{bug.flag}: whether {bug.effect} cannot be found out with "
                     f"megatron-core {symbols.megatron_version()} ({self.unknown[bug.name]}), so this job "
                     f"might write checkpoints that are of no use; {bug.remedy}"
                 )
@@ -352,6 +354,49 @@ def _load_fp32(load: Callable[[Any, dict], None]) -> None:
             raise CannotTell(f"of {key} {wanted.tolist()} came {seen[key].tolist()}")
 
 
+# -- SGD ---------------------------------------------------------------------------------------------
+
+
+def _sgd_state() -> bool:
+    """Asks for an SGD optimizer, and for what makes its momentum, into which a checkpoint is loaded."""
+    from megatron.core import optimizer as module
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    config = module.OptimizerConfig(optimizer="sgd", lr=1.0)
+    make = module._get_megatron_optimizer_based_on_param_groups
+    before = module.SGD
+    module.SGD = torch.optim.SGD  # TransformerEngine's would take a device
+    try:
+        sgd, init = make(config, [], [{"params": [parameter]}], skip_megatron_wrapping=True)
+    finally:
+        module.SGD = before
+    bug = init is None
+    (_init_momentum if bug else init)(sgd, config)
+    seen = {key: value.tolist() for key, value in sgd.state[parameter].items()}
+    if seen != {"momentum_buffer": [0.0, 0.0]}:
+        raise CannotTell(f"the state of SGD with momentum is made as {seen}")
+    return bug
+
+
+def _init_momentum(optimizer: torch.optim.Optimizer, _config: Any = None) -> None:
+    """Makes the state that a checkpoint of SGD holds; what is there already stays."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault(
+                "momentum_buffer", torch.zeros_like(parameter.data)
+            )
+
+
+def _sgd_with_state(original):
+    def get_megatron_optimizer_based_on_param_groups(config, *more, **named):
+        optimizer = original(config, *more, **named)
+        if config.optimizer == "sgd" and getattr(optimizer, "init_state_fn", ()) is None:
+            optimizer.init_state_fn = _init_momentum
+        return optimizer
+
+    return get_megatron_optimizer_based_on_param_groups
+
+
 # -- help texts ------------------------------------------------------------------------------------
 
 
@@ -432,6 +477,25 @@ BUGS = (
         hook=Hook(
             f"{_OPTIMIZER}:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
             torch.no_grad(),
+        ),
+        in_every_job=True,
+    ),
+    Bug(
+        name="sgd_state",
+        upstream="none known",
+        effect="a checkpoint of --optimizer sgd cannot be loaded again",
+        shown_by="_get_megatron_optimizer_based_on_param_groups for sgd: None in the place of the "
+        "function that makes the momentum, which every load calls",
+        repair="that function, in every job, since it only lets loads succeed that would end in a "
+        "TypeError",
+        until="all supported versions have such a function",
+        at_stake=lambda args, prunes: args.optimizer == "sgd",
+        flag="--optimizer sgd",
+        remedy="use --optimizer adam",
+        is_there=_sgd_state,
+        hook=Hook(
+            "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
+            _sgd_with_state,
         ),
         in_every_job=True,
     ),

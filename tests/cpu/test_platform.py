@@ -16,6 +16,7 @@ import torch
 from megatron_laep import cpu
 from megatron_laep.cpu.fused_adam import FusedAdam
 from megatron_laep.cpu.norm import build_norm
+from tests.support.forks import on_ranks
 from tests.support.runs import PRETRAIN_GPT, REPOSITORY, RunResult, run_megatron, tiny_arguments
 
 ITERATIONS = 10
@@ -192,6 +193,29 @@ thread.join()
 assert seen == ["cpu"], seen
 """)
     assert result.returncode == 0, result.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Its collectives
+
+
+def gathered(sizes: list[int], async_op: bool) -> list[list[float]]:
+    """What this rank gets of all ranks' numbers, of which each has another number."""
+    rank = torch.distributed.get_rank()
+    mine = torch.full((sizes[rank],), float(rank + 1))
+    parts = [torch.zeros(size) for size in sizes]
+    work = torch.distributed.all_gather(parts, mine, async_op=async_op)
+    assert (work is not None) == async_op
+    if work is not None:
+        work.wait()
+    return [part.tolist() for part in parts]
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [2, 2, 2], [0, 0, 1]])
+def test_ranks_gather_differently_many_numbers(sizes, async_op):
+    for outcome in on_ranks(3, gathered, sizes, async_op):
+        assert outcome.result() == [[rank + 1.0] * size for rank, size in enumerate(sizes)]
 
 
 # --------------------------------------------------------------------------------------------------

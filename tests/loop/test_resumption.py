@@ -272,6 +272,15 @@ GOOD_STARTS = {
         {"laep_prune_iteration": [10, 18], "laep_window": 2, "iterations_to_skip": [8, 11]},
         2,
     ),
+    "pruned, padded on ranks with 3 and 2": (
+        "uneven",
+        {
+            "expert_model_parallel_size": 4,
+            "moe_pad_expert_input_to_capacity": True,
+            "moe_expert_capacity_factor": 1.0,
+        },
+        4,
+    ),
     "pruned, to ranks with 3 and 2": ("uneven", {"expert_model_parallel_size": 4}, 4),
     "pruned, and again later": (
         "applied",
@@ -321,15 +330,6 @@ BAD_MODELS = {
         "applied",
         {"moe_layer_freq": "([0]+[1]*3)"},
         ["MoE layers [1, 2, 3, 4]", "MoE layers [2, 3, 4]"],
-    ),
-    "uneven and padded": (
-        "uneven",
-        {
-            "expert_model_parallel_size": 4,
-            "moe_pad_expert_input_to_capacity": True,
-            "moe_expert_capacity_factor": 1.0,
-        },
-        ["--moe-pad-expert-input-to-capacity", "layer 2 has [2, 2, 1, 1] on its ranks"],
     ),
     "top-k": (
         "applied",

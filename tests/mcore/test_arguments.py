@@ -177,6 +177,14 @@ NOT_WHILE_PRUNING = {
         ["--moe-router-force-load-balancing"],
     ),
     "forced bias": ({"moe_router_force_biased": -0.5}, ["--moe-router-force-biased -0.5"]),
+    "quantiles of too few tokens": (
+        {
+            "moe_router_load_balancing_type": "quantile_balancing",
+            "micro_batch_size": 1,
+            "seq_length": 4,
+        },
+        ["--num-experts 8, --micro-batch-size 1 and --seq-length 4"],
+    ),
     "no optimizer state": ({"no_save_optim": True}, ["--no-save-optim"]),
     "no random state": ({"no_save_rng": True}, ["--no-save-rng"]),
     "iteration set back": ({"override_ckpt_iteration": 4}, ["--override-ckpt-iteration 4"]),
@@ -197,7 +205,7 @@ NOT_WHILE_PRUNING = {
     "CUDA graphs": ({"cuda_graph_impl": "local"}, ["--cuda-graph-impl local"]),
     "CUDA graphs, old name": ({"enable_cuda_graph": True}, ["--cuda-graph-impl local"]),
     "CUDA graph of the optimizer": ({"optimizer_cuda_graph": True}, ["--optimizer-cuda-graph"]),
-    "another optimizer": ({"optimizer": "muon"}, ["--optimizer muon", "--optimizer adam"]),
+    "SOAP": ({"optimizer": "soap"}, ["--optimizer soap", "torch_dist", "use --optimizer muon"]),
     "a profile across the pruning": (
         {"profile": True, "profile_step_start": 4, "profile_step_end": 12},
         ["--profile from iteration 4 to 12", "--laep-prune-iteration 10"],
@@ -224,6 +232,35 @@ REFUSED = UNSUPPORTED | NOT_WHILE_PRUNING | ONLY_IN_A_RELAUNCH
 def test_what_cannot_be_pruned_is_refused(tmp_path, flags, wanted):
     outcome = in_megatron(parsed, job(tmp_path, **flags))
     assert_complaint(outcome, *wanted, "is not supported together with --laep-prune-iteration: ")
+
+
+ANY_ROUTING = {
+    "dropping": {"moe_expert_capacity_factor": 1.0},
+    "padding": {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+    "quantiles": {"moe_router_load_balancing_type": "quantile_balancing"},
+    # Megatron balances no quantiles then.
+    "quantiles in a list": {
+        "moe_router_load_balancing_type": ["seq_aux_loss", "quantile_balancing"],
+        "moe_aux_loss_coeff": [1e-3, 1e-3],
+    },
+    "replay": {"moe_enable_routing_replay": True},
+}
+
+
+@pytest.mark.parametrize("flags", ANY_ROUTING.values(), ids=ANY_ROUTING)
+def test_how_tokens_are_routed_does_not_matter(tmp_path, flags):
+    """`tests/oracles/test_routing.py` runs such jobs."""
+    uneven = {"expert_model_parallel_size": 2, "laep_expert_multiple": 1}
+    in_megatron(parsed, job(tmp_path, **flags, **uneven), env=ranks(2)).result()
+
+
+FORCED = [{"moe_router_force_load_balancing": True}, {"moe_router_force_biased": -0.5}]
+
+
+@pytest.mark.parametrize("flags", FORCED, ids=["balance", "bias"])
+def test_forced_routing_is_recorded_all_the_same(tmp_path, flags):
+    recording = job(tmp_path, laep_prune_iteration=None, laep_record_interval=5, **flags)
+    in_megatron(parsed, recording).result()
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,10 @@ class Trainee:
         sharding: str = "fully_reshardable",
         fp32: bool = False,
         bucket_size: int | None = None,
+        optimizer: str = "adam",
     ):
-        """fp32: parameters, also of the distributed optimizer; bucket_size: in elements, None for one bucket."""
+        """fp32: parameters, also of the distributed optimizer; bucket_size: in elements, None for one bucket;
+        optimizer: as --optimizer."""
         import torch
         from megatron.core import parallel_state
         from megatron.core.distributed import (
@@ -97,6 +99,7 @@ class Trainee:
         )
         # Without clipping, since the norm of a chain is summed in another order.
         optimizer_config = OptimizerConfig(
+            optimizer=optimizer,
             lr=1e-2,
             weight_decay=0.1,
             clip_grad=0.0,

@@ -21,6 +21,7 @@ from tests.support.forks import in_megatron, on_ranks
 from tests.support.runs import REPOSITORY
 
 TREE = "MEGATRON_LAEP_MEGATRON_TREE"
+# Of the distributed optimizer's methods; SGD's is another story, see below.
 BUGS = ("padded_buckets", "fp32_state")
 METHODS = {
     "padded_buckets": "sharded_param_state_fully_reshardable",
@@ -87,7 +88,8 @@ def findings(change: str = "", bug: str = "") -> tuple[list[str], dict[str, str]
     hooked = {name: after.get(METHODS[name]) is not before.get(METHODS[name]) for name in BUGS}
     megatron_laep.uninstall()
     assert dict(vars(module.DistributedOptimizer)) == before
-    return list(found.present), found.unknown, hooked
+    assert list(found.present)[-1] == "sgd_state"
+    return list(found.present)[:-1], found.unknown, hooked
 
 
 def correct(cls: type, bug: str) -> None:
@@ -200,6 +202,47 @@ def correct_and_repair() -> bool:
     assert upstream_bugs._fully_reshardable(optimizer, entries) == wanted
     with upstream_bugs.ranges_without_padding(optimizer.buffers):
         return upstream_bugs._fully_reshardable(optimizer, entries) == wanted
+
+
+def sgd_goes_on(
+    *, repaired: bool, momentum: float = 0.9, made_by_megatron: bool = False
+) -> dict[str, bool]:
+    """Whether a real SGD that is saved and loaded goes on as one that is not; and what the probe says. One process."""
+    from megatron.core import optimizer as module
+
+    from megatron_laep.mcore import upstream_bugs
+    from megatron_laep.mcore.hooks import HookSet
+
+    start()
+    if made_by_megatron:
+        make = module._get_megatron_optimizer_based_on_param_groups
+
+        def corrected(config, *more, skip_megatron_wrapping=False, **named):
+            made = make(config, *more, skip_megatron_wrapping=skip_megatron_wrapping, **named)
+            return (made[0], upstream_bugs._init_momentum) if skip_megatron_wrapping else made
+
+        module._get_megatron_optimizer_based_on_param_groups = corrected
+    found = upstream_bugs.ask_megatron()
+    if repaired:
+        HookSet().apply(
+            [hook for hook in found.hooks(lambda: False) if "param_groups" in hook.target]
+        )
+    before = Trainee("fp32", chained=True, seed=1, optimizer="sgd")
+    for group in before.optimizer.param_groups:
+        group["momentum"] = momentum
+    before.train(3, lr=1e-1)
+    after = Trainee("fp32", chained=True, seed=2, optimizer="sgd")
+    for group in after.optimizer.param_groups:
+        group["momentum"] = momentum
+    answer = {"found": "sgd_state" in found.present}
+    try:
+        after.load(before.save("saved"))
+    except TypeError as error:
+        assert "'NoneType' object is not callable" in str(error)
+        return answer | {"goes on": False}
+    for trainee in (before, after):
+        trainee.train(3, lr=1e-1)
+    return answer | {"goes on": equal(before.weights(), after.weights())}
 
 
 def job_after(change: str, bug: str, arguments: list[str]) -> Losses:
@@ -339,6 +382,22 @@ def test_help_texts(text, shown, mended):
     printed, found = in_megatron(help_of, text).result()
     assert shown in printed
     assert found == mended
+
+
+# -- SGD ---------------------------------------------------------------------------------------------
+
+
+def test_the_probe_of_sgd_tells_the_truth():
+    found = {"found": True}
+    assert in_megatron(sgd_goes_on, repaired=False).result() == found | {"goes on": False}
+    assert in_megatron(sgd_goes_on, repaired=True).result() == found | {"goes on": True}
+    without = in_megatron(sgd_goes_on, repaired=True, momentum=0.0)
+    assert without.result() == found | {"goes on": True}, "there is no momentum to be made"
+
+
+def test_sgd_that_makes_its_momentum_is_left_alone():
+    answer = in_megatron(sgd_goes_on, repaired=False, made_by_megatron=True).result()
+    assert not answer["found"]
 
 
 # -- jobs ------------------------------------------------------------------------------------------

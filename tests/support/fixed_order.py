@@ -8,6 +8,8 @@ order: that of a pruned model has fewer than that of a masked one. ``install`` r
   hidden size, a weight's gradient one over the tokens, each in an order that depends on nothing but that length. The
   input's gradient is a sum over the experts: its terms are sorted first and added one after the other, so that neither
   the experts' numbers nor zeros, for masked experts or for those that a token is not routed to, change a bit.
+- what Muon makes of a router's gradient: it orthogonalises the whole matrix, one row an expert, by products in which
+  sums run over the experts. Those, too, are sorted first, and then added one after the other.
 - the norm of a rank's gradients, which Megatron sums in float32, by one summed in float64: see
   `test_permutation.ORDER_OF_SUM`.
 - the sum over ranks: gloo's depends on where in the buffer a number lies as soon as there are three.
@@ -19,6 +21,7 @@ processor on which that would be seen if it were not so.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import Any
 
@@ -28,11 +31,13 @@ import torch.distributed as dist
 
 def install() -> None:
     """Switches it on, for this process; where Megatron is, before it builds a model."""
-    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import clip_grads, emerging_optimizers
     from megatron.core.transformer.moe.router import Router
 
     Router.gating = _gating
     clip_grads.l2_norm_impl = _l2_norm
+    if emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
+        _fix_orthogonalization(emerging_optimizers)
     _fix_collectives()
     if os.environ.get("SHAPE_DEPENDENT_SUMS"):
         from tests.support import shape_dependent
@@ -65,8 +70,8 @@ class _Product(torch.autograd.Function):
         tokens_TH, weight_EH = tokens.flatten(0, -2).to(ctx.dtype), weight.to(ctx.dtype)
         gradient_TE1 = gradient.flatten(0, -2).unsqueeze(2)
         of_weight_EH = _sum(gradient_TE1 * tokens_TH[:, None, :], dim=0)
-        terms_TEH = (gradient_TE1 * weight_EH).sort(dim=1).values
-        of_tokens_TH = functools.reduce(torch.add, terms_TEH.unbind(1))
+        terms_TEH = gradient_TE1 * weight_EH
+        of_tokens_TH = _sum_sorted(terms_TEH)
         return of_tokens_TH.view_as(tokens).to(tokens.dtype), of_weight_EH.to(weight.dtype), None
 
 
@@ -78,6 +83,41 @@ def _sum(terms: torch.Tensor, dim: int) -> torch.Tensor:
         folded = terms[:half] + terms[half : 2 * half]
         terms = torch.cat((folded, terms[2 * half :])) if length % 2 else folded
     return terms[0]
+
+
+def _sum_sorted(terms: torch.Tensor) -> torch.Tensor:
+    """Over dimension 1, that of the experts; neither their order nor zeros among them change a bit."""
+    return functools.reduce(torch.add, terms.sort(dim=1).values.unbind(1))
+
+
+def _fix_orthogonalization(module: Any) -> None:
+    newton_schulz = module.newton_schulz_tp
+
+    @functools.wraps(newton_schulz)
+    def ordered_newton_schulz(x: torch.Tensor, steps: int, coefficient_type: str, **named: Any):
+        # The tests' models have no other matrix with so short a side.
+        if x.shape[0] >= 32:
+            return newton_schulz(x, steps=steps, coefficient_type=coefficient_type, **named)
+        return _orthogonalized(x, steps, coefficient_type)
+
+    module.newton_schulz_tp = ordered_newton_schulz
+
+
+def _orthogonalized(x_EH: torch.Tensor, steps: int, coefficient_type: str) -> torch.Tensor:
+    """The Newton-Schulz iteration of emerging_optimizers, in fp32 throughout."""
+    from emerging_optimizers.orthogonalized_optimizers import muon_utils
+
+    assert x_EH.shape[0] <= x_EH.shape[1], "more experts than hidden: not needed here so far"
+    squares = x_EH.double().square().flatten().tolist()
+    x_EH = x_EH / max(math.fsum(squares) ** 0.5, 1e-7)
+    coefficients = muon_utils.get_coefficient_iterator(
+        steps, muon_utils._COEFFICIENT_SETS[coefficient_type]
+    )
+    for a, b, c in coefficients:
+        gram_EE = _sum(x_EH[:, None, :] * x_EH, dim=2)
+        polynomial_EE = b * gram_EE + c * _sum_sorted(gram_EE[:, :, None] * gram_EE)
+        x_EH = a * x_EH + _sum_sorted(polynomial_EE[:, :, None] * x_EH)
+    return x_EH
 
 
 def _l2_norm(_chunk_size: int, _flag: Any, tensor_lists: list, _per_tensor: bool, *_: Any) -> tuple:

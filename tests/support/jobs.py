@@ -79,12 +79,15 @@ HETEROGENEOUS_FLAGS = {
 
 # What does not go with pruned layers: flags, and what the complaint names.
 UNSUPPORTED = {
-    "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
-    "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
-    "heterogeneous": (HETEROGENEOUS_FLAGS, ["--heterogeneous-layers-config-path"]),
-    "layer-wise optimizer": (
-        {"optimizer": "muon", "use_distributed_optimizer": True},
-        ["--optimizer muon"],
+    "padding in the kernels": (
+        {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": "hybridep",
+            "moe_pad_expert_input_to_capacity": True,
+            "moe_expert_capacity_factor": 1.0,
+        },
+        ["--moe-pad-expert-input-to-capacity", "--moe-token-dispatcher-type alltoall"],
     ),
+    "heterogeneous": (HETEROGENEOUS_FLAGS, ["--heterogeneous-layers-config-path"]),
     "upcycling": ({"moe_use_upcycling": True}, ["--moe-use-upcycling"]),
 }
