@@ -209,8 +209,8 @@ def run_batch(
         A result for each name; `exact` is its own, logs and exit codes are those of the whole batch.
     """
     with tempfile.TemporaryDirectory(prefix="megatron-batch-") as scratch:
-        path = Path(scratch) / "jobs.json"
-        path.write_text(
+        listed = Path(scratch) / "jobs.json"
+        listed.write_text(
             json.dumps(
                 [
                     {
@@ -226,7 +226,7 @@ def run_batch(
             [PRETRAIN_GPT],
             world_size,
             launcher=(str(SUPPORT / "batch.py"),),
-            script=path,
+            script=listed,
             env={"EXACT_LOG_BASE": scratch},
             timeout=timeout,
             path=path,
