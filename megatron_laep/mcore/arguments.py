@@ -65,7 +65,6 @@ def check_recording(args: Namespace, config: LaepConfig) -> None:
         raise Refusal(
             f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
         )
-    _refuse(args, When.RECORD, f"together with {flag}")
 
 
 def _refuse(args: Namespace, when: When, situation: str) -> None:

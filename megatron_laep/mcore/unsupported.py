@@ -19,7 +19,6 @@ class When(Enum):
     PRUNING = "Jobs that prune"
     REBUILD = "Jobs that prune and go on in the same process"
     UNEVEN = "Models whose expert-parallel ranks hold different numbers of experts"
-    RECORD = "Jobs with `--laep-record-interval`"
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,6 @@ ROWS = (
         "its experts write into buffers that layers with different experts cannot share",
         "remove it",
         shown="`--moe-ncclep-static-shape`, `--moe-ncclep-zero-copy`",
-    ),
-    Row(
-        When.MODEL,
-        "--hybrid-layer-pattern {hybrid_layer_pattern}",
-        lambda args, _: args.hybrid_layer_pattern is not None,
-        "a hybrid stack gives all its layers one config",
-        "only GPT models can be pruned",
     ),
     Row(
         When.MODEL,
@@ -343,13 +335,5 @@ ROWS = (
         _delayed_scaling,
         "its scaling history is reduced over ranks that must hold equally many experts",
         "use another recipe",
-    ),
-    # -- records --------------------------------------------------------------------------------------
-    Row(
-        When.RECORD,
-        "--hybrid-layer-pattern {hybrid_layer_pattern}",
-        lambda args, _: args.hybrid_layer_pattern is not None,
-        "the record would not tell its layers apart",
-        "remove --laep-record-interval",
     ),
 )
