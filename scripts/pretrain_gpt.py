@@ -1,12 +1,12 @@
-"""Pretrains a GPT or a hybrid stack with Megatron-LM's training loop; needs the megatron-core wheel (0.19) only.
+"""Pretrains a GPT or a hybrid stack with Megatron-LM's loop; needs the megatron-core wheel (0.19) only.
 
 On GPUs:
     torchrun --nproc-per-node 8 scripts/pretrain_gpt.py <Megatron's flags>
 With LAEP:
     torchrun --nproc-per-node 8 -m megatron_laep scripts/pretrain_gpt.py <Megatron's, LAEP's flags>
 
-Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data; with
---hybrid-layer-pattern, it builds what Megatron-LM's pretrain_hybrid.py builds.
+Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data. With
+--hybrid-layer-pattern it builds what Megatron-LM's pretrain_hybrid.py builds.
 Does not know packed sequences (SFT, inter-document masking), fill-in-the-middle, distillation:
 Megatron-LM's own pretrain_gpt.py does. The module keeps no state, so that it can be run again in
 the same process.

@@ -247,12 +247,18 @@ def find_layers(model: list[torch.nn.Module]) -> dict[int, LaepMoELayer]:
     """The MoE layers that live on this rank, by their number in the whole model.
 
     Raises:
-        ValueError: a MoE layer is not the drop-in, so its tokens would go uncounted.
+        ValueError: a MoE layer is not the drop-in, so its tokens would go uncounted; or two have one
+            number.
     """
     layers = {}
     for chunk in model:
         for name, module in chunk.named_modules():
             if isinstance(module, LaepMoELayer):
+                if module.number in layers:
+                    raise Refusal(
+                        f"{name} is a second MoE layer {module.number}: the model has another model in "
+                        "it, as a teacher in distillation; remove the --laep flags, or train without it"
+                    )
                 layers[module.number] = module
             elif isinstance(module, MoELayer):
                 raise Refusal(

@@ -19,6 +19,7 @@ class When(Enum):
     PRUNING = "Jobs that prune"
     REBUILD = "Jobs that prune and go on in the same process"
     UNEVEN = "Models whose expert-parallel ranks hold different numbers of experts"
+    RECORD = "Jobs with `--laep-record-interval`"
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,14 @@ ROWS = (
         "running job, and layers with different experts were never captured",
         "remove it",
         shown="`--cuda-graph-impl`, any but `none`",
+    ),
+    Row(
+        When.MODEL,
+        "--flextron",
+        lambda args, _: symbols.argument(args, "flextron"),
+        "its sub-models are lists of numbers of experts, the same for all layers, and its masks do not find "
+        "a layer of a class of its own",
+        "prune in a job of its own, before or after",
     ),
     Row(
         When.MODEL,
@@ -335,5 +344,13 @@ ROWS = (
         _delayed_scaling,
         "its scaling history is reduced over ranks that must hold equally many experts",
         "use another recipe",
+    ),
+    # -- records --------------------------------------------------------------------------------------
+    Row(
+        When.RECORD,
+        "--flextron",
+        lambda args, _: symbols.argument(args, "flextron"),
+        "its masks do not find a layer of a class of its own, one that counts",
+        "remove --laep-record-interval",
     ),
 )

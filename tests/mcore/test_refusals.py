@@ -97,6 +97,7 @@ GIVEN = {
         {"cuda_graph_impl": "local"},
         "--cuda-graph-impl local",
     ),
+    "--flextron": ({"flextron": True}, "--flextron"),
     "--moe-use-upcycling": ({"moe_use_upcycling": True}, "--moe-use-upcycling"),
     "--non-persistent-ckpt-type local": (
         {"non_persistent_ckpt_type": "local"},
