@@ -217,10 +217,10 @@ def test_only_the_experts_of_a_mamba_stack_change_their_shapes(two, folder) -> N
             of_experts.add(number)
         wanted[key] = shape
     assert of_experts == set(NEMOTRON_NUMBERS)
-    assert "decoder.layers.0.mixer.in_proj.weight" in full
+    assert "decoder.layers.0.mixer.in_proj.weight.x" in full
     assert "decoder.layers.1.mlp.experts.experts.linear_fc1.weight" in full
     assert "mtp.layers.1.mtp_model_layer.layers.1.mlp.router.weight" in full
-    assert "optimizer.state.exp_avg.decoder.layers.4.mixer.conv1d.weight" in full
+    assert "optimizer.state.exp_avg.decoder.layers.4.mixer.conv1d.weight.x" in full
     assert pruned == wanted
 
 
