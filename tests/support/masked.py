@@ -107,7 +107,9 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
                 experts = list(kept(layer_router))
                 of_kept = SimpleNamespace(
                     training=layer_router.training,
-                    **{name: getattr(layer_router, name)[experts] for name in (vector, accumulated)},
+                    **{
+                        name: getattr(layer_router, name)[experts] for name in (vector, accumulated)
+                    },
                     **{name: getattr(layer_router, name) for name in others},
                 )
                 update([SimpleNamespace(modules=lambda of_kept=of_kept: [of_kept])], *more, **named)
