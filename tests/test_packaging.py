@@ -84,7 +84,7 @@ def test_dependencies_are_what_the_pure_core_imports_at_top_level():
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("megatron_laep", "train report"), ("scripts", "train"), ("tests", "test")],
+    [("megatron_laep", "train report"), ("scripts", "train study"), ("tests", "test")],
 )
 def test_every_import_of_a_folder_is_declared(folder, extras):
     declared = names(requirements()[""])
