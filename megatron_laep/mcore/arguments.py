@@ -29,6 +29,26 @@ from megatron_laep.settings.rules import AlphaSpec
 from megatron_laep.settings.schedule import Leg
 
 
+def check_yaml(args: Namespace, words: Sequence[str], *, from_python: bool) -> None:
+    """Whether a YAML file takes the place of flags.
+
+    Args:
+        args: Megatron's arguments as parsed.
+        words: of the command line.
+        from_python: the settings come from ``install(config)``.
+
+    Raises:
+        Refusal: it does.
+    """
+    yaml = symbols.argument(args, "yaml_cfg")
+    given = [word for word in words if word.startswith("--laep-")]
+    if yaml is not None and (given or from_python):
+        raise Refusal(
+            f"--yaml-cfg {yaml} replaces the command line, and with it "
+            f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
+        )
+
+
 def complaints_of_pruning(
     args: Namespace, config: LaepConfig, legs: Sequence[Leg], present: ExpertMap | None
 ) -> list[Complaint]:
