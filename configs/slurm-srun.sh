@@ -20,8 +20,8 @@ look "$SLURM_JOB_NUM_NODES"
 move_if_pruned configs/slurm-srun.sh "$@"
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29500 PYTHON
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts[0]} MASTER_PORT=29500 PYTHON
 code=0
 # shellcheck disable=SC2016  # the variables are those of each rank
 srun bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS

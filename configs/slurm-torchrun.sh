@@ -23,11 +23,11 @@ look "$SLURM_JOB_NUM_NODES"
 move_if_pruned configs/slurm-torchrun.sh "$@"
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 log="$RUN/attempt-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.log"
 code=0
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS_PER_NODE" \
-    --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    --rdzv-backend c10d --rdzv-endpoint "${hosts[0]}:29500" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     -m megatron_laep "$SCRIPT" "${FLAGS[@]}" 2>&1 | tee "$log" || code=$?
 finish "$(code_of_torchrun "$code" "$log")" configs/slurm-torchrun.sh "$@"
