@@ -5,18 +5,17 @@ its validation, what is looked for in --save and --load, then the checks that ea
 make. One process goes it, as rank 0 of any number of ranks; nothing is written.
 """
 
-import argparse
 import contextlib
 import io
 import os
 import sys
 import traceback
 import warnings
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.arguments import parse_args, validate_args
 
 from megatron_laep.checks import Refusal
 from megatron_laep.loop.start import Start, find
@@ -61,16 +60,20 @@ def _parsed(words: Sequence[str]) -> tuple[list[str], Namespace]:
     Raises:
         Refusal: a flag of ours that is not known, or a value that a flag does not take.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    flags.add_arguments(add_megatron_arguments(parser))
+    parsers: list[ArgumentParser] = []
+
+    def add_flags(parser: ArgumentParser) -> ArgumentParser:
+        parsers.append(parser)
+        return flags.add_arguments(parser)
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            _, unknown = parser.parse_known_args(list(words))
-            args = parse_args(flags.add_arguments, ignore_unknown_args=True)
+            args = parse_args(add_flags, ignore_unknown_args=True)
+            _, unknown = parsers[0].parse_known_args(list(words))
     except SystemExit:
-        text = complaint.getvalue().strip()
-        raise Refusal(f"Megatron's parser: {text.rpartition('error: ')[2]}") from None
+        text = complaint.getvalue().strip().rpartition("error: ")[2]
+        raise Refusal(f"Megatron's parser: {text or 'it was asked for help'}") from None
     wrong = [word for word in unknown if word.startswith("--laep-")]
     if wrong:
         raise Refusal(f"there is no flag {wrong[0]}: docs/flags.md lists those that there are")

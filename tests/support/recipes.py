@@ -17,10 +17,11 @@ _INTRO = """\
 # What becomes of public jobs?
 
 Every job of Megatron-LM's functional tests that trains a MoE model (tag core_v0.19.0, `tests/data/recipes.tsv`), as
-`laep check` judges it with a pruning half-way, and with `--save` where it has none: accepted as it is, accepted with `--laep-exit-after-prune` added (for the
-flags that it names), or refused. A layer keeps at least the first and at most the second number of its experts, whatever is
-counted; where that is all of them, fewer expert-parallel ranks let some go. This page says what is accepted, not that the job
-was run: these need GPUs. Written by `MEGATRON_LAEP_PLATFORM=cpu python -m tests.support.recipes > docs/recipes.md`.
+`laep check` judges it with a pruning half-way, and with `--save` where it has none: accepted as it is, accepted with
+`--laep-exit-after-prune` added, for the flags that stand beside it, or refused for them. A layer keeps at least the first and
+at most the second number of its experts, whatever is counted; where that is all of them, fewer expert-parallel ranks would let
+some go. The page says what is accepted, and not that the jobs were run: they need GPUs. Written by
+`MEGATRON_LAEP_PLATFORM=cpu python -m tests.support.recipes > docs/recipes.md`.
 """
 
 
@@ -35,9 +36,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Said:
-    """What the check says of one: exit code, the flags that it is about, bounds of kept experts."""
+    """What the check says of one: exit code, whether a job that only records is accepted, the flags that
+    the code is about, bounds of kept experts."""
 
     code: int
+    records: bool
     about: tuple[str, ...]
     keeps: str
 
@@ -64,6 +67,7 @@ def judged() -> dict[str, Said]:
         bounds = {(one.fewest, one.most) for one in found.outlook.layers} if found.outlook else ()
         said[recipe.name] = Said(
             exit_code(found),
+            found.recording == (),
             tuple(re.sub(" is not supported .*", "", text) for text in sentences),
             ", ".join(f"{fewest} to {most}" for fewest, most in sorted(bounds)),
         )
@@ -77,11 +81,13 @@ def render(said: dict[str, Said]) -> str:
         f"Of {len(codes)} jobs {codes.count(0)} are accepted as they are, {codes.count(3)} with "
         f"`--laep-exit-after-prune`, {codes.count(2)} are refused."
     )
+    records = sum(one.records for one in said.values())
+    counts += f" Recording alone is accepted in {records}."
     rows = [
-        f"| {name} | {_WORDS[one.code]} | {'; '.join(f'`{flag}`' for flag in one.about)} | {one.keeps} |"
+        f"| {name} | {_WORDS[one.code]} | {'yes' if one.records else '**no**'} | {'; '.join(f'`{flag}`' for flag in one.about)} | {one.keeps} |"
         for name, one in said.items()
     ]
-    head = ["| job | accepted | for | a layer keeps |", "|---|---|---|---|"]
+    head = ["| job | pruned | recorded | for | a layer keeps |", "|---|---|---|---|---|"]
     return "\n".join([_INTRO, counts, "", *head, *rows]) + "\n"
 
 
