@@ -20,6 +20,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron_laep.checks import Refusal
 from megatron_laep.loop.start import Start, find
 from megatron_laep.mcore import arguments, refusals, symbols
+from megatron_laep.mcore.argument_table import OF_SCRIPTS
 from megatron_laep.mcore.hooks import Hook, HookSet
 from megatron_laep.mcore.outlook import outlook
 from megatron_laep.mcore.refusals import Complaint
@@ -77,6 +78,10 @@ def _parsed(words: Sequence[str]) -> tuple[list[str], Namespace]:
     wrong = [word for word in unknown if word.startswith("--laep-")]
     if wrong:
         raise Refusal(f"there is no flag {wrong[0]}: docs/flags.md lists those that there are")
+    for word in unknown:
+        # Not of Megatron's own parser, and named in a refusal.
+        if (name := word.removeprefix("--").replace("-", "_")) in OF_SCRIPTS:
+            setattr(args, name, True)
     symbols.check_parsed(args)
     arguments.check_yaml(args, words, from_python=False)
     return unknown, args

@@ -51,6 +51,7 @@ _CPU = "cpu.platform"
 _LOOP = "megatron.training.training"
 _SAVES = "megatron.training.checkpointing"
 _MAPPING = f"{_CORE}.dist_checkpointing.mapping"
+_HYBRID = f"{_CORE}.models.hybrid.hybrid_block"
 _MTP = f"{_CORE}.transformer.multi_token_prediction"
 _MOE_LAYER = f"{_CORE}.transformer.moe.moe_layer"
 _DISPATCHER = f"{_CORE}.transformer.moe.token_dispatcher"
@@ -97,6 +98,17 @@ HOOKED = (
         takes="self",
         exactly=True,
         looks_up="heterogeneous_block_specs, get_config_for_layer",
+    ),
+    Symbol(
+        f"{_HYBRID}:HybridStack.__init__",
+        "put the counting layer into hybrid stacks, whose spec is made at import",
+        takes="self, config, submodules",
+        looks_up="moe_layer",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.transformer_layer:TransformerLayer.__init__",
+        "give each layer of a hybrid stack its own experts: the stack asks for no config by layer",
+        takes="self, config, submodules, layer_number, *, add_layer_offset",
     ),
     Symbol(
         f"{_MTP}:MultiTokenPredictionLayer.__init__",
@@ -233,6 +245,23 @@ CALLERS = (
         "have quantiles taken by the hook",
         looks_up="qb_dual_update",
         optional=True,
+    ),
+    # Whoever sets on parameters what is read of them.
+    Symbol(
+        f"{_CORE}.tensor_parallel.layers:set_tensor_model_parallel_attributes",
+        "count parameters that are split over ranks",
+        looks_up="tensor_model_parallel",
+    ),
+    Symbol(
+        f"{_CORE}.models.common.language_module.language_module"
+        ":LanguageModule.setup_embeddings_and_output_layer",
+        "count the embeddings of the last stage once",
+        looks_up="shared",
+    ),
+    Symbol(
+        f"{_BUFFER}:_ParamAndGradBuffer.__init__",
+        "tell the memory of gradients",
+        looks_up="main_grad",
     ),
 )
 
@@ -372,6 +401,11 @@ USED = (
         f"{_CONFIG}.num_layers", "number the layers of multi-token prediction after the decoder's"
     ),
     Symbol(
+        f"{_HYBRID}:HybridStackSubmodules",
+        "put the counting layer into hybrid stacks",
+        takes="*, moe_layer",
+    ),
+    Symbol(
         f"{_MTP}:get_mtp_layer_offset",
         "number the layers of multi-token prediction after the decoder's",
         takes="config, vp_stage",
@@ -501,6 +535,11 @@ REPAIRED = (
         f"{_CORE}.optimizer:_get_megatron_optimizer_based_on_param_groups",
         "load the momentum of SGD",
         takes="config",
+        probed_by="mcore.upstream_bugs",
+    ),
+    Symbol(
+        f"{_CORE}.optimizer.optimizer:MegatronOptimizer.init_state_fn",
+        "load the momentum of SGD",
         probed_by="mcore.upstream_bugs",
     ),
 )

@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from megatron_laep.mcore import symbols
-from megatron_laep.mcore.argument_table import OPTIONAL, PARSED, RUNNING, VALIDATED
+from megatron_laep.mcore.argument_table import OF_SCRIPTS, OPTIONAL, PARSED, RUNNING, VALIDATED
 from megatron_laep.mcore.symbol_table import CALLERS, HOOKED, REPAIRED, SYMBOLS, Symbol
 from megatron_laep.mcore.symbols import leading_and_named
 from tests.support.forks import in_megatron
@@ -237,14 +237,14 @@ def test_every_argument_is_listed_and_optional_ones_are_read_through_the_accesso
     missing = sorted(
         f"{file}: {name}"
         for file, name, how in found
-        if name not in ARGUMENTS and (how == "read" or name not in OPTIONAL)
+        if name not in ARGUMENTS and (how == "read" or name not in OPTIONAL | OF_SCRIPTS)
     )
     assert missing == []
 
 
 def test_no_listed_argument_is_unused():
     used = {name for _, name, _ in arguments_read()}
-    assert sorted(set(ARGUMENTS | OPTIONAL) - used) == []
+    assert sorted(set(ARGUMENTS | OPTIONAL | OF_SCRIPTS) - used) == []
 
 
 def words_of_the_sources() -> set[str]:
@@ -281,7 +281,7 @@ def test_no_listed_symbol_is_unused():
 
 def test_everything_is_listed_once():
     assert len(set(TARGETS)) == len(TARGETS)
-    names = [*PARSED, *VALIDATED, *RUNNING, *OPTIONAL]
+    names = [*PARSED, *VALIDATED, *RUNNING, *OPTIONAL, *OF_SCRIPTS]
     assert len(set(names)) == len(names)
 
 
@@ -383,9 +383,14 @@ def test_what_somebody_else_has_wrapped_only_has_to_be_there(monkeypatch):
     assert symbols.missing_symbols([symbol]) == []
 
 
-def test_a_module_that_is_not_there():
-    (found,) = symbols.missing_symbols([Symbol("module_that_is_gone:name", "test it")])
-    assert "module_that_is_gone:name cannot be imported: No module named" in found
+def test_a_package_that_is_not_there_is_told_once():
+    gone = [Symbol(f"package_that_is_gone.{name}:name", "test it") for name in ("a", "b")]
+    found = symbols.missing_symbols([*gone, Symbol(f"{MODULE}:gone", "test it")])
+    assert found == [
+        "package_that_is_gone.a:name cannot be imported: No module named 'package_that_is_gone' "
+        "(needed to test it)",
+        f"{MODULE}:gone is missing (needed to test it)",
+    ]
 
 
 def test_the_accessor_knows_defaults_and_refuses_what_is_not_listed():
