@@ -37,6 +37,9 @@ LAYOUTS = {
         4,
         {
             "tensor_model_parallel_size": 2,
+            # Megatron pads the vocabulary to a multiple of this times the tensor-parallel size: 384, as before, and not
+            # 512, with which the softmax has other terms.
+            "make_vocab_size_divisible_by": 64,
             "sequence_parallel": True,
             "expert_tensor_parallel_size": 1,
             "pipeline_model_parallel_size": 2,
