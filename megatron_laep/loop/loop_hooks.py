@@ -31,6 +31,8 @@ from megatron_laep.loop.job import Running
 from megatron_laep.loop.session import Rebuild, session
 from megatron_laep.loop.start import find
 from megatron_laep.mcore import symbols
+from megatron_laep.mcore.arguments import check_yaml
+from megatron_laep.mcore.captured_graphs import keep_counts
 from megatron_laep.mcore.checkpoint import ENTRY, Writer
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.moe_layer import (
@@ -90,6 +92,9 @@ def hooks() -> list[Hook]:
             lambda original: with_any_experts(original, _pruned),
         ),
         Hook("megatron.core.transformer.moe.router:apply_router_token_dropping", note_choice),
+        Hook(
+            "megatron.core.transformer.cuda_graphs:TECudaGraphHelper.create_cudagraphs", keep_counts
+        ),
     ]
     return [hook for hook in wanted if symbols.is_there(hook.target)]
 
@@ -118,13 +123,8 @@ def _refuse_usage(message: str) -> NoReturn:
 def _parse_args(original):
     def parse_args(*more, **named):
         args = original(*more, **named)
-        given = _given_flags()
         yaml = symbols.argument(args, "yaml_cfg")
-        if yaml is not None and (given or session.config is not None):
-            raise Refusal(
-                f"--yaml-cfg {yaml} replaces the command line, and with it "
-                f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
-            )
+        check_yaml(args, sys.argv[1:], from_python=session.config is not None)
         if yaml is None:
             # From here on it is known what was asked for, and not yet whether the loop is Megatron's.
             session.expect(session.config or LaepConfig.from_arguments(args))

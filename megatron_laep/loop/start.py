@@ -19,9 +19,10 @@ from megatron.core import parallel_state
 from megatron_laep import events
 from megatron_laep.checks import Refusal
 from megatron_laep.loop import resumption
-from megatron_laep.mcore import arguments, checkpoint, symbols
+from megatron_laep.mcore import arguments, checkpoint, refusals, symbols
 from megatron_laep.mcore.checkpoint import PENDING, Record
 from megatron_laep.mcore.moe_layer import find_layers
+from megatron_laep.mcore.refusals import Complaint
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.settings.config import LaepConfig
@@ -87,23 +88,44 @@ class Start:
         """This start with what is still to be done, once Megatron has validated the arguments.
 
         Raises:
-            ValueError: the job cannot be pruned, or not go on from the checkpoint, as its flags say.
+            Refusal: the job cannot be pruned, or not go on from the checkpoint, as its flags say:
+                everything that is in the way.
         """
-        start = self
+        start, complaints = self.examined(args)
+        refusals.refuse(
+            [
+                complaint.sentence
+                for complaint in complaints
+                if not (complaint.lifted and self.config.exit_after_prune)
+            ]
+        )
+        return start
+
+    def examined(self, args: Namespace) -> tuple["Start", list[Complaint]]:
+        """As ``checked``, with what is in the way in the place of an error; the start is whole if that is
+        nothing."""
+        start, found = self, []
         if self.config.enabled:
-            legs = resumption.remaining_legs(self.record, self.config, self.source)
-            arguments.check_arguments(args, self.config, legs)
+            try:
+                legs = resumption.remaining_legs(self.record, self.config, self.source)
+            except Refusal as refusal:
+                legs = ()
+                found.append(Complaint(str(refusal)))
+            found += arguments.complaints_of_pruning(args, self.config, legs, self.expert_map)
             plan = None
-            if self.config.plan is not None and legs:
+            if self.config.plan is not None and legs and all(one.lifted for one in found):
                 # Read once: a file that changes while the job runs must not fail it at the pruning.
                 prunings = [leg.end for leg in legs]
-                plan = arguments.read_plan(args, self.config, prunings, self.expert_map)
+                try:
+                    plan = arguments.read_plan(args, self.config, prunings, self.expert_map)
+                except Refusal as refusal:
+                    found.append(Complaint(str(refusal)))
             start = dataclasses.replace(self, legs=legs, plan=plan)
         if self.config.record_interval is not None:
-            arguments.check_recording(args, self.config)
+            found += arguments.complaints_of_recording(args, self.config)
         if self.record is not None and self.expert_map is not None:
-            arguments.check_model(self.record, args, self.source)
-        return start
+            found += arguments.complaints_of_model(self.record, args, self.source)
+        return start, found
 
     def agree(self) -> None:
         """Every rank must follow the same map in the same state. A collective.

@@ -4,9 +4,11 @@ Reads Megatron's parsed and validated arguments and what the checkpoint says; to
 Every complaint is a ``ValueError`` with the flag, what was given, what is wanted and what to do.
 """
 
+import dataclasses
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
@@ -16,6 +18,7 @@ from megatron_laep.mcore import refusals, symbols
 from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.mcore.described_model import model_layout, router_groups
 from megatron_laep.mcore.layer_numbers import moe_layer_numbers, mtp_names, total_layers
+from megatron_laep.mcore.refusals import Complaint
 from megatron_laep.mcore.unsupported import When
 from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
@@ -26,46 +29,77 @@ from megatron_laep.settings.rules import AlphaSpec
 from megatron_laep.settings.schedule import Leg
 
 
-def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) -> None:
-    """What must hold for a job that counts and prunes.
+def check_yaml(args: Namespace, words: Sequence[str], *, from_python: bool) -> None:
+    """Whether a YAML file takes the place of flags.
+
+    Args:
+        args: Megatron's arguments as parsed.
+        words: of the command line.
+        from_python: the settings come from ``install(config)``.
+
+    Raises:
+        Refusal: it does.
+    """
+    yaml = symbols.argument(args, "yaml_cfg")
+    given = [word for word in words if word.startswith("--laep-")]
+    if yaml is not None and (given or from_python):
+        raise Refusal(
+            f"--yaml-cfg {yaml} replaces the command line, and with it "
+            f"{given[0] if given else '--laep-prune-iteration'}; give all arguments as flags"
+        )
+
+
+def complaints_of_pruning(
+    args: Namespace, config: LaepConfig, legs: Sequence[Leg], present: ExpertMap | None
+) -> list[Complaint]:
+    """Everything that is in the way of a job that counts and prunes.
 
     Args:
         args: Megatron's arguments after its own validation.
-        config: the LAEP settings, ``config.enabled``.
+        config: the LAEP settings, ``config.enabled`` and validated.
         legs: the prunings that are still to come.
-
-    Raises:
-        Refusal: everything that is in the way.
+        present: the map that the model follows that is to be pruned; None for the full model.
     """
-    config.validate()
-    found = [
-        hit.sentence
-        for hit in refusals.hits_of_pruning(args, config, legs)
-        if not (hit.row.lifted and config.exit_after_prune)
-    ]
+    hits = refusals.hits_of_pruning(args, config, legs)
     checks = [lambda: _check_experts(args, config), lambda: _check_save(args, config)]
     if args.num_experts is not None and moe_layer_numbers(args):
-        checks += [lambda: _check_iterations(args, legs), lambda: _check_sizes(args, config)]
+        experts = present_experts(args, present)
+        checks += [
+            lambda: _check_iterations(args, legs),
+            lambda: _check_sizes(args, config, experts if legs else {}),
+        ]
         if config.plan is None:
             checks += [lambda: _check_alpha(args, config)]
+    return [Complaint(hit.sentence, hit.row.lifted) for hit in hits] + complaints(*checks)
+
+
+def complaints_of_recording(args: Namespace, config: LaepConfig) -> list[Complaint]:
+    """Everything that is in the way of a job that records its loads, whether it prunes or not."""
+    flag = f"--laep-record-interval {config.record_interval}"
+    hits = refusals.hits(args, {When.RECORD: f"together with {flag}"})
+    return [Complaint(hit.sentence) for hit in hits] + complaints(
+        lambda: _check_recording(args, flag)
+    )
+
+
+def complaints(*checks: Callable[[], object]) -> list[Complaint]:
+    """The refusals of several checks, of each at most one."""
+    found = []
     for check in checks:
         try:
             check()
         except Refusal as refusal:
-            found.append(str(refusal))
-    refusals.refuse(found)
+            found.append(Complaint(str(refusal)))
+    return found
 
 
-def check_recording(args: Namespace, config: LaepConfig) -> None:
-    """What must hold for a job that records its loads, whether it prunes or not."""
-    flag = f"--laep-record-interval {config.record_interval}"
+def _check_recording(args: Namespace, flag: str) -> None:
     if args.save is None:
         raise Refusal(f"{flag} needs --save: the record goes to SAVE/laep; give --save FOLDER")
     if args.num_experts is None or not moe_layer_numbers(args):
         raise Refusal(
             f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
         )
-    _refuse(args, When.RECORD, f"together with {flag}")
 
 
 def _refuse(args: Namespace, when: When, situation: str) -> None:
@@ -153,7 +187,37 @@ def _training_iterations(args: Namespace) -> tuple[int, str]:
     return iterations, f"{flag} and --step-batch-size-schedule {args.step_batch_size_schedule}"
 
 
-def _check_sizes(args: Namespace, config: LaepConfig) -> None:
+def present_experts(args: Namespace, present: ExpertMap | None) -> dict[int, int]:
+    """How many experts each layer has now.
+
+    Args:
+        present: the map that the model follows; None for the full model.
+    """
+    if present is not None:
+        return {layer.layer_number: layer.experts_after for layer in present.layers}
+    return dict.fromkeys(moe_layer_numbers(args), args.num_experts)
+
+
+def working_sizes(args: Namespace, config: LaepConfig, experts: Mapping[int, int]) -> list[int]:
+    """The expert-parallel sizes that the job could have after its next pruning, ascending.
+
+    Args:
+        experts: how many each layer has now.
+    """
+    found = []
+    for size in range(1, args.num_experts + 1):
+        there = dataclasses.replace(config, expert_model_parallel_size=size)
+        if not complaints(partial(_check_sizes, args, there, experts)):
+            found.append(size)
+    return found
+
+
+def _check_sizes(args: Namespace, config: LaepConfig, experts: Mapping[int, int]) -> None:
+    """Whether the ranks after a pruning, and the multiple, fit the job and what its layers have now.
+
+    Args:
+        experts: how many each layer has now; empty if nothing is to be pruned any more.
+    """
     before = args.expert_model_parallel_size
     size, flag = before, "--expert-model-parallel-size"
     if config.expert_model_parallel_size is not None:
@@ -182,6 +246,8 @@ def _check_sizes(args: Namespace, config: LaepConfig) -> None:
         )
     if size != before:
         _check_new_size(args, size, args.world_size // ranks_of_a_model)
+    if experts and config.plan is None:
+        make_map.check_counts(model_layout(args, config, experts), config.rules)
 
 
 def _check_new_size(args: Namespace, size: int, replicas: int) -> None:
@@ -228,9 +294,7 @@ def read_plan(
             f"(--laep-prune-iteration {' '.join(map(str, prunings))}): give one iteration, and "
             "relaunch with the next iteration and its plan after it, or leave out --laep-plan"
         )
-    experts = dict.fromkeys(moe_layer_numbers(args), args.num_experts)
-    if present is not None:
-        experts = {layer.layer_number: layer.experts_after for layer in present.layers}
+    experts = present_experts(args, present)
     try:
         expert_map = ExpertMap.from_json(path.read_text())
     except (OSError, ValueError) as error:
@@ -248,11 +312,17 @@ def check_plan(expert_map: ExpertMap, layout: ModelLayout, config: LaepConfig) -
         raise Refusal(f"--laep-plan {config.plan}: {error}") from error
 
 
-def check_model(record: Record, args: Namespace, where: object) -> None:
-    """Whether the model that the arguments describe is the one that the record's map was made for.
+def complaints_of_model(record: Record, args: Namespace, where: object) -> list[Complaint]:
+    """Everything for which the model that the arguments describe is not the one that the record's map
+    was made for.
 
     Also for jobs without ``--laep`` flags that open a pruned checkpoint."""
-    _refuse(args, When.MODEL, f"in a model that was pruned ({where})")
+    hits = refusals.hits(args, {When.MODEL: f"in a model that was pruned ({where})"})
+    found = [Complaint(hit.sentence) for hit in hits]
+    return found + complaints(lambda: _check_model(record, args, where))
+
+
+def _check_model(record: Record, args: Namespace, where: object) -> None:
     expert_map = record.lineage.composed
     assert expert_map is not None, "the record is of a model that was not pruned"
     numbers = tuple(moe_layer_numbers(args)) if args.num_experts else ()

@@ -26,6 +26,19 @@ class Hit:
     sentence: str
 
 
+@dataclass(frozen=True)
+class Complaint:
+    """One thing that is in the way of a job.
+
+    Attributes:
+        sentence: where, got, wanted, and what to do.
+        lifted: whether --laep-exit-after-prune lets the job be pruned all the same.
+    """
+
+    sentence: str
+    lifted: bool = False
+
+
 def hits(
     args: Namespace,
     situations: Mapping[When, str],

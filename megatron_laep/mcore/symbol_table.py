@@ -28,6 +28,7 @@ class Symbol:
             is left out there.
         probed_by: the module that asks for it itself, since not every job needs it: ``cpu.platform``
             when it is enabled, ``mcore.optimizer_kinds`` of jobs with that optimizer,
+            ``loop.beforehand`` of the check of a command line,
             ``mcore.upstream_bugs``, which then cannot tell whether there is
             something to repair. Empty: every job needs it.
     """
@@ -79,6 +80,7 @@ HOOKED = (
     Symbol(
         "megatron.training.arguments:parse_args",
         "refuse --laep flags that a YAML file would drop",
+        takes="extra_args_provider, ignore_unknown_args",
         looks_up="add_megatron_arguments",
     ),
     Symbol(
@@ -169,6 +171,11 @@ HOOKED = (
         f"{_CORE}.transformer.moe.router:apply_router_token_dropping",
         "count what the router chose, and not what a capacity factor leaves of it",
         takes="routing_probs, routing_map",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.cuda_graphs:TECudaGraphHelper.create_cudagraphs",
+        "leave the tokens of a capture uncounted",
+        takes="self",
     ),
 )
 
@@ -261,6 +268,15 @@ CALLERS = (
 # -- called and read ---------------------------------------------------------------------------------
 
 USED = (
+    Symbol(
+        "megatron.training.arguments:is_te_min_version",
+        "take the job's TransformerEngine as given where a command line is checked beforehand",
+        probed_by="loop.beforehand",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.cuda_graphs:TECudaGraphHelper.model",
+        "know the layers that are captured",
+    ),
     Symbol("megatron.training:get_args", "read the job's arguments inside the loop"),
     Symbol("megatron.training.global_vars:get_tensorboard_writer", "write the loads' metrics"),
     Symbol("megatron.training.global_vars:get_wandb_writer", "write the loads' metrics"),

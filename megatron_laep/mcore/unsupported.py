@@ -64,6 +64,39 @@ _OR_RELAUNCH = (
     "remove it, or add --laep-exit-after-prune and relaunch the same command after it exits"
 )
 
+
+def _graphs_that_miscount(when: When) -> tuple[Row, ...]:
+    return (
+        Row(
+            when,
+            "--cuda-graph-impl local",
+            lambda args, _: args.cuda_graph_impl == "local",
+            "evaluation replays the graphs of training, in which tokens are counted",
+            "use --cuda-graph-impl transformer_engine",
+        ),
+        Row(
+            when,
+            "--cuda-graph-modules moe_router with --moe-expert-capacity-factor "
+            "{moe_expert_capacity_factor}",
+            lambda args, _: (
+                args.cuda_graph_impl == "transformer_engine"
+                and args.moe_expert_capacity_factor is not None
+                and _captured_up_to_the_router(args)
+            ),
+            "such a graph gives back what the capacity leaves of a router's choice, which is what is "
+            "counted",
+            "capture moe_preprocess, too, or remove one of them",
+            shown="`--cuda-graph-modules moe_router` without `moe_preprocess`, with "
+            "`--moe-expert-capacity-factor`",
+        ),
+    )
+
+
+def _captured_up_to_the_router(args: Namespace) -> bool:
+    modules = {module.name for module in args.cuda_graph_modules}
+    return "moe_router" in modules and "moe_preprocess" not in modules
+
+
 ROWS = (
     # -- what cannot live with experts that are renumbered, or with layers of uneven counts --------
     Row(
@@ -131,12 +164,11 @@ ROWS = (
     ),
     Row(
         When.MODEL,
-        "--cuda-graph-impl {cuda_graph_impl}",
-        lambda args, _: args.cuda_graph_impl != "none",
-        "passes that warm a graph up would be counted, captured graphs cannot be rebuilt inside a "
-        "running job, and layers with different experts were never captured",
-        "remove it",
-        shown="`--cuda-graph-impl`, any but `none`",
+        "--cuda-graph-impl {cuda_graph_impl} with --moe-pad-expert-input-to-capacity",
+        lambda args, _: args.cuda_graph_impl != "none" and args.moe_pad_expert_input_to_capacity,
+        "experts of a pruned model are padded by dispatchers that were never captured",
+        "remove one of them",
+        shown="`--cuda-graph-impl`, any but `none`, with `--moe-pad-expert-input-to-capacity`",
     ),
     Row(
         When.MODEL,
@@ -258,13 +290,7 @@ ROWS = (
         shown="`--distrib-optim-fully-reshardable-mem-efficient` with "
         "`--disable-gloo-process-groups`",
     ),
-    Row(
-        When.PRUNING,
-        "--optimizer-cuda-graph",
-        lambda args, _: args.optimizer_cuda_graph,
-        "a captured graph cannot be rebuilt inside a running job",
-        "remove it",
-    ),
+    *_graphs_that_miscount(When.PRUNING),
     Row(
         When.PRUNING,
         "--optimizer soap",
@@ -292,6 +318,24 @@ ROWS = (
         lambda args, _: args.moe_token_dispatcher_type == "flex",
         "the buffers of its kernels are made once in a process",
         _OR_RELAUNCH,
+    ),
+    *(
+        Row(
+            When.REBUILD,
+            flag,
+            given,
+            "captured graphs hold on to the old model",
+            _OR_RELAUNCH,
+            shown,
+        )
+        for flag, given, shown in (
+            (
+                "--cuda-graph-impl {cuda_graph_impl}",
+                lambda args, _: args.cuda_graph_impl != "none",
+                "`--cuda-graph-impl`, any but `none`",
+            ),
+            ("--optimizer-cuda-graph", lambda args, _: args.optimizer_cuda_graph, None),
+        )
     ),
     Row(
         When.REBUILD,
@@ -345,6 +389,14 @@ ROWS = (
         "its scaling history is reduced over ranks that must hold equally many experts",
         "use another recipe",
     ),
+    Row(
+        When.UNEVEN,
+        "--cuda-graph-impl {cuda_graph_impl}",
+        lambda args, _: args.cuda_graph_impl != "none",
+        "the dispatchers for them were never captured",
+        "remove it, or let each rank hold equally many (--laep-expert-multiple)",
+        shown="`--cuda-graph-impl`, any but `none`",
+    ),
     # -- records --------------------------------------------------------------------------------------
     Row(
         When.RECORD,
@@ -353,4 +405,5 @@ ROWS = (
         "its masks do not find a layer of a class of its own, one that counts",
         "remove --laep-record-interval",
     ),
+    *_graphs_that_miscount(When.RECORD),
 )

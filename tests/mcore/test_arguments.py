@@ -1,7 +1,6 @@
 """Bad command lines give one clear error before the model is built, good ones none."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -9,10 +8,7 @@ import pytest
 
 from tests.support.forks import in_megatron
 from tests.support.jobs import UNSUPPORTED, assert_complaint, job, parsed, ranks
-from tests.support.runs import REPOSITORY, tiny_arguments
-
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.args"))
-
+from tests.support.runs import tiny_arguments
 
 # -- what is asked of the flags --------------------------------------------------------------------
 
@@ -482,15 +478,3 @@ FINE = {
 def test_good_jobs_are_not_refused(tmp_path, world_size, flags):
     args = in_megatron(parsed, job(tmp_path, **flags), env=ranks(world_size)).result()
     assert args["world_size"] == world_size
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_configs_are_not_refused(tmp_path, path):
-    words = shlex.split(path.read_text(), comments=True)
-    words += ["--mock-data", "--save", str(tmp_path), "--save-interval", "50"]
-    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "257"]
-    for flag, value in (("--train-iters", "300"), ("--laep-prune-iteration", "150")):
-        words += [] if flag in words else [flag, value]
-    size = words[words.index("--expert-model-parallel-size") + 1]
-    args = in_megatron(parsed, words, env={"WORLD_SIZE": size}).result()
-    assert args["laep_prune_iteration"] in ([150], [2000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,7 @@ PAGE = REPOSITORY / "docs" / "refusals.md"
 SOUND = dict(
     ckpt_format="torch_dist",
     cuda_graph_impl="none",
+    cuda_graph_modules=[],
     distrib_optim_fully_reshardable_mem_efficient=False,
     enable_ft_package=False,
     fp8=None,
@@ -32,6 +34,7 @@ SOUND = dict(
     num_experts=8,
     seq_length=4,
     inprocess_restart=False,
+    moe_expert_capacity_factor=None,
     moe_pad_expert_input_to_capacity=False,
     moe_router_force_biased=None,
     moe_router_force_load_balancing=False,
@@ -94,8 +97,25 @@ GIVEN = {
         "--tensor-parallel-num-weight-shards (or --expert-tensor-parallel-num-weight-shards)",
     ),
     "--cuda-graph-impl {cuda_graph_impl}": (
-        {"cuda_graph_impl": "local"},
-        "--cuda-graph-impl local",
+        {"cuda_graph_impl": "full_iteration"},
+        "--cuda-graph-impl full_iteration",
+    ),
+    "--cuda-graph-impl {cuda_graph_impl} with --moe-pad-expert-input-to-capacity": (
+        {"cuda_graph_impl": "transformer_engine", "moe_pad_expert_input_to_capacity": True},
+        "--cuda-graph-impl transformer_engine with --moe-pad-expert-input-to-capacity",
+    ),
+    "--cuda-graph-impl local": ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+    "--cuda-graph-modules moe_router with --moe-expert-capacity-factor "
+    "{moe_expert_capacity_factor}": (
+        {
+            "cuda_graph_impl": "transformer_engine",
+            "cuda_graph_modules": [
+                SimpleNamespace(name="attn"),
+                SimpleNamespace(name="moe_router"),
+            ],
+            "moe_expert_capacity_factor": 1.5,
+        },
+        "--cuda-graph-modules moe_router with --moe-expert-capacity-factor 1.5",
     ),
     "--flextron": ({"flextron": True}, "--flextron"),
     "--moe-use-upcycling": ({"moe_use_upcycling": True}, "--moe-use-upcycling"),

@@ -47,10 +47,23 @@ def install() -> None:
 
 def _gating(self: Any, tokens: torch.Tensor) -> torch.Tensor:
     """In the place of ``Router.gating``: logits [..., E] of tokens [..., H]."""
-    assert getattr(self, "bias", None) is None, "a router with a bias: not needed here so far"
     names = {"fp32": torch.float32, "fp64": torch.float64}
     dtype = names.get(self.config.moe_router_dtype, tokens.dtype)
-    return _Product.apply(tokens, self.weight, dtype)
+    logits = _Product.apply(tokens, self.weight, dtype)
+    bias = getattr(self, "bias", None)
+    return logits if bias is None else logits + _Added.apply(bias.to(dtype), logits.shape)
+
+
+class _Added(torch.autograd.Function):
+    """A bias [E] for each of logits [..., E]: its gradient is a sum over the tokens, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, bias, shape):
+        return bias.expand(shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _sum(gradient.flatten(0, -2), dim=0), None
 
 
 class _Product(torch.autograd.Function):
