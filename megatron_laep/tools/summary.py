@@ -16,9 +16,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from megatron_laep.json_text import read_json
+from megatron_laep.checks import printable
+from megatron_laep.json_text import read_json, read_text
 from megatron_laep.records.training_log import (
     LOG_NAME,
+    MOST_LOG_BYTES,
     TrainingLog,
     mean_between,
     median_milliseconds,
@@ -151,7 +153,7 @@ def read_run(run_dir: Path, log_path: Path | None = None) -> tuple[TrainingLog, 
                 f"{wanted} does not exist: give the folder of a run that has pruned (--save), with "
                 f"the output of the training in {LOG_NAME}, or where it is with --log"
             )
-    log = parse_log(log_path.read_text(encoding="utf-8", errors="replace"))
+    log = parse_log(read_text(log_path, MOST_LOG_BYTES, errors="replace"))
     *earlier, table = (_read_table(path) for path in paths)
     return log, table, earlier[-1]["iteration"] if earlier else 0
 
@@ -184,5 +186,5 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the summary. Errors: ValueError as `read_run`."""
-    print(summarize_run(*read_run(args.run_dir, args.log)))
+    print(printable(summarize_run(*read_run(args.run_dir, args.log))))
     return 0
