@@ -27,7 +27,7 @@ from tests.support import maps
 from tests.support.report_run import make_run
 from tests.tools.test_simulate import TINY
 
-EXAMPLES = int(os.environ.get("LAEP_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("LAEP_FUZZ_EXAMPLES", "10"))
 hostile = settings(
     max_examples=EXAMPLES,
     deadline=None,
