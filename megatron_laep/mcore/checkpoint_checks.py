@@ -45,16 +45,27 @@ def check_checkpoint(path: Path, sample: int) -> dict[str, object]:
     record = _tried(checks, "record", lambda: checkpoint_facts.read_record(path))
     if record is not None:
         found["map_state"], found["iteration"] = record.map_state or "none", record.iteration
-        checks["record"] = list(_record_problems(path, record))
+        _make(checks, "record", lambda: _record_problems(path, record))
     if metadata is not None:
-        checks["files"] = list(_coverage_problems(metadata))
+        _make(checks, "files", lambda: _coverage_problems(metadata))
         if record is not None:
-            checks["shapes"] = list(_shape_problems(metadata, record))
-        sums = dict(record.checksums) if record is not None else {}
-        reading = _Values(path, metadata, sums)
-        checks["values"] = list(reading.problems(sample))
+            _make(checks, "shapes", lambda: _shape_problems(metadata, record))
+        reading = _Values(path, metadata, dict(record.checksums) if record is not None else {})
+        _make(checks, "values", lambda: reading.problems(sample))
         found["read"] = {"tensors": reading.read, "checksums": reading.compared}
     return {**found, "checks": checks}
+
+
+def _make(
+    checks: dict[str, list[str] | None], name: str, problems: Callable[[], Iterator[str]]
+) -> None:
+    try:
+        checks[name] = list(problems())
+    # What was unpickled without an error need not be what it should be.
+    except Exception as error:
+        checks[name] = [
+            f"it is damaged: what it says cannot be understood ({type(error).__name__})"
+        ]
 
 
 def _tried(

@@ -46,6 +46,11 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     """
     metadata = read_metadata(path)
     record = read_record(path)
+    with _reading(path):  # what was unpickled without an error need not be what it should be
+        return _described(path, metadata, record)
+
+
+def _described(path: Path, metadata: Metadata, record: checkpoint.Record) -> dict[str, object]:
     entries = metadata.state_dict_metadata
     shapes = {key: tuple(entry.size) for key, entry in entries.items() if hasattr(entry, "size")}
     weights = {key: shape for key, shape in shapes.items() if not _OPTIMIZER.match(key)}
@@ -119,7 +124,7 @@ def read_record(path: Path) -> checkpoint.Record:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings(), reading_without_code():
+        with warnings.catch_warnings(), reading_without_code(path):
             # That torch.distributed is not initialised: it need not be.
             warnings.simplefilter("ignore")
             yield

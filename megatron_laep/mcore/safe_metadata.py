@@ -10,7 +10,9 @@ import dataclasses
 import enum
 import importlib
 import pickle
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -34,6 +36,7 @@ _NAMES = {
     ("builtins", "list"),
     ("builtins", "tuple"),
 }
+_MEMORY = 2**31
 _VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -82,11 +85,38 @@ def without_code(original: Any) -> Any:
 
 
 @contextlib.contextmanager
-def reading_without_code() -> Iterator[None]:
-    """While open, PyTorch reads ``.metadata`` so; for processes in which nothing is hooked."""
+def reading_without_code(folder: Path) -> Iterator[None]:
+    """While open, PyTorch reads ``.metadata`` so; for processes in which nothing is hooked.
+
+    Also within bounds: a few bytes of a pickle can ask for all memory there is, which ends in a
+    MemoryError here.
+
+    Args:
+        folder: the checkpoint.
+    """
     before = filesystem.pickle
     filesystem.pickle = _Pickle()  # type: ignore[assignment]
+    metadata = folder / ".metadata"
+    size = metadata.stat().st_size if metadata.is_file() else 0
+    try:
+        with _at_most(max(_MEMORY, 64 * size)):
+            yield
+    finally:
+        filesystem.pickle = before
+
+
+@contextlib.contextmanager
+def _at_most(more_bytes: int) -> Iterator[None]:
+    """While open, this process gets so much more memory and no more, on Linux."""
+    own = Path("/proc/self/statm")
+    if not own.is_file():
+        yield
+        return
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(own.read_text().split()[0]) * resource.getpagesize()
+    soft = used + more_bytes if limits[1] < 0 else min(used + more_bytes, limits[1])
+    resource.setrlimit(resource.RLIMIT_AS, (soft, limits[1]))
     try:
         yield
     finally:
-        filesystem.pickle = before
+        resource.setrlimit(resource.RLIMIT_AS, limits)

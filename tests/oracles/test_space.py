@@ -106,6 +106,13 @@ def test_the_job_stops_if_it_must_prune(tmp_path) -> None:
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000003"]
 
 
+def test_a_pruning_that_would_come_too_late_is_declined(tmp_path) -> None:
+    result = run(tmp_path, until=ITERATIONS, train_iters=AGAIN)
+    assert f"laep event=postponed iteration={PRUNE} again_at=never" in result.logs[0]
+    assert "The model is NOT PRUNED" in result.logs[0] and list(result.exact)[-1] == AGAIN
+    assert not (tmp_path / "laep").exists() or not list((tmp_path / "laep").glob("iter_*"))
+
+
 if __name__ == "__main__":
     from megatron_laep import cpu
 

@@ -399,3 +399,37 @@ def hostile_metadata(path: str, marker: str) -> None:
             return os.mkdir, (marker,)
 
     Path(path).write_bytes(pickle.dumps(Hostile()))
+
+
+def test_verify_and_inspect_whatever_the_bytes_are(copy) -> None:
+    """A sentence, and no exception: files of a checkpoint cut off, overwritten and mixed up at random."""
+    codes = in_megatron(verify_random_damage, str(copy / PENDING), 60).result()
+    assert set(codes) <= {0, 1, 2} and 1 in codes
+
+
+def verify_random_damage(checkpoint: str, times: int) -> list[int]:
+    import contextlib
+    import io
+    import random
+
+    from megatron_laep.tools.__main__ import main
+
+    draw, codes = random.Random(1), []
+    files = [Path(checkpoint, name) for name in (".metadata", ".metadata", "metadata.json")]
+    files.append(max(Path(checkpoint).glob("*.distcp"), key=lambda path: path.stat().st_size))
+    for _ in range(times):
+        path = draw.choice(files)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 5))):
+            at, new = draw.randrange(len(whole)), draw.randbytes(draw.randrange(1, 9))
+            damaged[at : at + draw.choice((0, len(new)))] = new
+        path.write_bytes(damaged[: draw.choice((len(damaged), len(damaged), at))])
+        for words in (["verify", "--sample", "20"], ["inspect"]):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                codes.append(main([*words, checkpoint]))
+        path.write_bytes(whole)
+    return codes
