@@ -16,7 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from megatron_laep.checks import printable
+from megatron_laep.checks import number_within, printable, whole_number
 from megatron_laep.json_text import read_json, read_text
 from megatron_laep.records.training_log import (
     LOG_NAME,
@@ -38,13 +38,8 @@ _TABLE_FIELDS = (
     "experts_before",
     "experts_after",
 )
-_ROW_FIELDS = {
-    "layer_number",
-    "experts_before",
-    "experts_after",
-    "imbalance_before",
-    "imbalance_after",
-}
+_ROW_COUNTS = ("layer_number", "experts_before", "experts_after")
+_ROW_FIELDS = {*_ROW_COUNTS, "imbalance_before", "imbalance_after"}
 
 
 def summarize_run(log: TrainingLog, table: dict, since: int = 0) -> str:
@@ -132,7 +127,7 @@ def _compared(name: str, before: float | None, after: float | None, digits: int)
 
 
 def _change(before: float | None, after: float | None) -> str:
-    return "" if before is None or after is None else f"{100 * (after / before - 1):+.1f} %"
+    return "" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
 
 
 def _fixed(value: float | None, digits: int) -> str:
@@ -169,6 +164,13 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no table of a pruning: it lacks fields that a job writes; restore it"
         )
+    for item, names in ((table, _TABLE_FIELDS), *((row, _ROW_COUNTS) for row in table["rows"])):
+        for name in names:
+            whole_number(item[name], f"{path}: {name}", 1)
+    for row in table["rows"]:
+        for name in _ROW_FIELDS - set(_ROW_COUNTS):
+            if row[name] is not None:
+                number_within(row[name], f"{path}: {name}", 0, 1e18)
     return table
 
 
