@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from numbers import Real
@@ -36,12 +37,12 @@ def whole_number(value: object, what: str, minimum: int, most: int = 2**63 - 1) 
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise Refusal(
-            f"{what} must be an integer of at least {minimum}, got {_short(repr(value))}"
+            f"{what} must be an integer of at least {minimum}, got {shown(value)}"
         ) from None
     if number < minimum:
-        raise Refusal(f"{what} must be an integer of at least {minimum}, got {number}")
+        raise Refusal(f"{what} must be an integer of at least {minimum}, got {shown(number)}")
     if number > most:
-        raise Refusal(f"{what} must be an integer of at most {most:g}, got {_short(str(number))}")
+        raise Refusal(f"{what} must be an integer of at most {most:g}, got {shown(number)}")
     return number
 
 
@@ -51,7 +52,7 @@ def whole_numbers(values: object, what: str, minimum: int) -> tuple[int, ...]:
     Errors: Refusal that names the place of the first that is none.
     """
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise Refusal(f"{what} must be a list of integers, got {values!r}")
+        raise Refusal(f"{what} must be a list of integers, got {shown(values)}")
     return tuple(whole_number(value, f"{what}[{i}]", minimum) for i, value in enumerate(values))
 
 
@@ -59,7 +60,7 @@ def number_within(value: object, what: str, low: float, high: float) -> float:
     """`value` as a float, both ends included. Errors: Refusal, also for NaN, a bool or a text."""
     number: Any = value  # what `Real` is for mypy cannot be compared
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= number <= high:
-        raise Refusal(f"{what} must be within {low:g} and {high:g}, got {_short(repr(value))}")
+        raise Refusal(f"{what} must be within {low:g} and {high:g}, got {shown(value)}")
     return float(value)
 
 
@@ -85,6 +86,29 @@ def only_fields(data: object, names: Iterable[str], what: str, remedy: str) -> M
     return data
 
 
-def _short(text: str) -> str:
-    """As it is written, cut off where it has hundreds of digits."""
-    return text if len(text) <= 40 else f"{text[:40]}..."
+def shown(value: object) -> str:
+    """A value that may come from anywhere, as Python writes it, for a sentence: cut off where it is long.
+
+    YAML can hold lists that contain one list many times over, in many levels: written out in full,
+    a kilobyte of it is larger than the memory.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python's own limit for the digits of an integer
+        return "a number of thousands of digits"
+    most = _MOST_DIGITS if isinstance(value, int) else _MOST_SHOWN
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def printable(text: str) -> str:
+    """A text that may hold anything, for a terminal: control characters, which could steer it, as Python
+    writes them."""
+    return "".join(
+        sign if sign in "\n\t" or sign.isprintable() else repr(sign)[1:-1] for sign in text
+    )
+
+
+_MOST_SHOWN, _MOST_DIGITS = 80, 40
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 12, 12, 6
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 2 * _MOST_SHOWN

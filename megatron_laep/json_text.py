@@ -15,6 +15,35 @@ from megatron_laep.checks import Refusal
 
 Refuse = Callable[[str], object]
 
+MOST_BYTES = 2**28
+"""Of a file of JSON: a map of 100 layers of 1024 experts has one megabyte. Logs may be longer."""
+
+
+_AT_ONCE = 2**24
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A file that is not longer than what a file of its kind can be; also a pipe.
+
+    Errors: ValueError; OSError.
+    """
+    too_long = Refusal(f"{path} has more than {most} bytes, which no file of ours has")
+    data = bytearray()
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise too_long
+        # What it says it has is not what can be read: of a pipe, or of a file that grows.
+        while chunk := file.read(_AT_ONCE):
+            data += chunk
+            if len(data) > most:
+                raise too_long
+    return bytes(data)
+
+
+def read_text(path: Path, most: int = MOST_BYTES, errors: str = "strict") -> str:
+    """The same as text. Errors: also UnicodeDecodeError, which is a ValueError."""
+    return read_bytes(path, most).decode("utf-8", errors)
+
 
 def parse_json(text: str, what: str = "this", parse_constant: Refuse | None = None) -> object:
     """The value of a JSON text.
@@ -41,7 +70,7 @@ def read_json(path: Path, what: str = "this", parse_constant: Refuse | None = No
     text; OSError.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError:
         raise Refusal(f"{what} is neither JSON nor a log of loads (loads-*.bin)") from None
     return parse_json(text, what, parse_constant)

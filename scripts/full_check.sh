@@ -13,13 +13,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$REPOSITORY"
 
-STEPS=(lint tests long arithmetics overhead uneven published quickstart)
+STEPS=(lint tests long fuzz arithmetics overhead uneven published quickstart)
 
 words_of() {
     case $1 in
         lint) echo "scripts/lint.sh" ;;
         tests) echo "scripts/test.sh" ;;
         long) echo "scripts/test.sh -m long -n 2 --dist loadfile" ;;
+        fuzz) echo "LAEP_FUZZ_EXAMPLES=1000 scripts/test.sh tests/tools/test_hostile_files.py --timeout 3600" ;;
         arithmetics) echo "scripts/check_arithmetics.sh --long" ;;
         overhead) echo "$VENV_PYTHON scripts/bench_overhead.py" ;;
         uneven) echo "$VENV_PYTHON scripts/bench_uneven.py" ;;

@@ -14,7 +14,7 @@ from megatron_laep import events
 from megatron_laep.checks import Refusal
 from megatron_laep.events import on_rank_0
 from megatron_laep.loop.job import Running
-from megatron_laep.mcore import checkpoint, model_size
+from megatron_laep.mcore import checkpoint, model_size, space
 from megatron_laep.mcore.layer_numbers import mtp_names
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.plan import make_map
@@ -38,6 +38,46 @@ class Committed:
 
     expert_map: ExpertMap
     should_exit: bool
+
+
+def has_room(
+    running: Running, iteration: int, model: list[torch.nn.Module], args: Namespace
+) -> bool:
+    """Whether the checkpoint of the pruning that is due will fit on the disk; else it is postponed.
+
+    A collective; the same on all ranks.
+
+    Raises:
+        Refusal: it will not, and --laep-require-prune is given.
+    """
+    room = space.room(model, args)
+    events.log("space", iteration=iteration, needed_bytes=room.needed, free_bytes=room.free)
+    if room.is_enough:
+        return True
+    what = (
+        f"The checkpoint of the pruning at iteration {iteration} takes {room.needed / 1e9:.3f} GB "
+        f"(with a margin), and in --save {args.save} {room.free / 1e9:.3f} GB are free."
+    )
+    if running.config.require_prune:
+        raise Refusal(
+            f"{what} Nothing was written (--laep-require-prune): make room, and start the same "
+            "command again, which goes on from the last checkpoint; without the flag, the pruning "
+            "would be postponed"
+        )
+    again = running.postpone(iteration, args)
+    if again is None:
+        then = (
+            "The model is NOT PRUNED, and the training goes on as before: a pruning one "
+            "--laep-window later would be too late for the next one, or for the end of training."
+        )
+    else:
+        then = (
+            f"The pruning is POSTPONED to iteration {again}, and the training goes on as before. "
+            "Make room until then."
+        )
+    events.log("postponed", iteration=iteration, again_at=again or "never")
+    events.warn(f"{what}\n{then}\nWith --laep-require-prune, the job would stop now.")
+    return False
 
 
 def commit(

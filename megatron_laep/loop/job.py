@@ -25,7 +25,7 @@ from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.windows import OpenWindow
 from megatron_laep.records import decision_log
-from megatron_laep.settings.schedule import Leg, Verdict
+from megatron_laep.settings.schedule import Leg, Verdict, with_postponed
 from megatron_laep.statistics import load_metrics
 from megatron_laep.statistics.recorder import Recording
 from megatron_laep.statistics.routing_stats import RoutingStats
@@ -56,7 +56,7 @@ class Running:
     def __init__(self, start: Start, model: list[torch.nn.Module], args: Namespace) -> None:
         self.config, self.lineage, self.plan = start.config, start.lineage, start.plan
         self._record = start.record or Record()
-        self._declined = self._record.declined
+        self._declined, self._postponed = self._record.declined, self._record.postponed
         self.stats = RoutingStats(
             token_counters(model), stage=parallel_state.get_pipeline_model_parallel_rank()
         )
@@ -111,11 +111,12 @@ class Running:
 
     def _say_what_is_done(self, legs: tuple[Leg, ...]) -> None:
         record = self._record
-        if self.config.enabled and (record.pruned_at or record.declined):
+        if self.config.enabled and (record.pruned_at or record.declined or record.postponed):
             events.log(
                 "prunings",
                 done=" ".join(map(str, record.pruned_at)) or "none",
                 declined=" ".join(map(str, record.declined)) or "none",
+                postponed=" ".join(f"{at}->{to}" for at, to in record.postponed) or "none",
                 to_come=" ".join(str(leg.end) for leg in legs) or "none",
             )
 
@@ -170,9 +171,34 @@ class Running:
             return False
         verdict = self._trigger.end_iteration(iteration)
         if verdict is Verdict.DECLINE:
-            self._declined = (*self._declined, iteration)
-            self._follow(self._legs[1:], iteration, Record())
+            self._decline(iteration)
         return verdict.prunes
+
+    def _decline(self, iteration: int) -> None:
+        self._declined = (*self._declined, iteration)
+        self._follow(self._legs[1:], iteration, Record())
+
+    def postpone(self, iteration: int, args: Namespace) -> int | None:
+        """Instead of the pruning that is due now: it is due again a window later. A collective.
+
+        Returns:
+            That iteration; None if it would come after the training, or too late for the next
+            pruning: then this one is declined.
+        """
+        assert self._trigger is not None, "nothing is to be pruned"
+        leg, later = self._legs[0], self._legs[1:]
+        judged = self.config.prune_when_stable or self.config.require_stable
+        again = iteration + leg.window
+        if iteration == leg.end and (
+            again >= args.train_iters or (later and not later[0].fits_after(again, judged=judged))
+        ):
+            self._decline(iteration)
+            return None
+        self._postponed = (*self._postponed, (iteration, again))
+        ended, _ = self._trigger.state(iteration)
+        legs = with_postponed(self._legs, self._postponed)
+        self._follow(legs, iteration, Record(ended=ended))
+        return again
 
     def record(self, iteration: int) -> Record:
         """What a checkpoint of this iteration says, which is about to be written. A collective."""
@@ -183,7 +209,12 @@ class Running:
             ended, window = self._trigger.state(iteration) if self._trigger else ((), None)
             applied = APPLIED if self.lineage.steps else None
             state = dict(lineage=self.lineage, map_state=applied, ended=ended, window=window)
-        return Record(**state, declined=self._declined, inherited=self._record.inherited)
+        return Record(
+            **state,
+            declined=self._declined,
+            postponed=self._postponed,
+            inherited=self._record.inherited,
+        )
 
     @contextlib.contextmanager
     def writing(self, lineage: Lineage) -> Iterator[None]:

@@ -14,7 +14,9 @@ from megatron_laep import events
 from megatron_laep.loop.loop_hooks import hooks
 from megatron_laep.loop.session import Rebuild, session
 from megatron_laep.mcore import symbols
+from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.rebuild import tear_down, warn_if_alive
+from megatron_laep.mcore.safe_metadata import without_code
 from megatron_laep.mcore.upstream_bugs import ask_megatron
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 from megatron_laep.settings.config import LaepConfig
@@ -40,7 +42,9 @@ def install(config: LaepConfig | None = None) -> None:
     if config is not None:
         config.validate()
     upstream = ask_megatron()
-    session.hooks.apply(hooks() + upstream.hooks(lambda: session.active_start is not None))
+    metadata = Hook("torch.distributed.checkpoint.filesystem:pickle", without_code)
+    repairs = upstream.hooks(lambda: session.active_start is not None)
+    session.hooks.apply([*hooks(), metadata, *repairs])
     session.upstream = upstream
     session.config = config
     session.expect(config)

@@ -28,12 +28,13 @@ from megatron_laep import events
 from megatron_laep.checks import Refusal
 from megatron_laep.loop import commit
 from megatron_laep.loop.job import Running
+from megatron_laep.loop.retention import keep_prunings
 from megatron_laep.loop.session import Rebuild, session
 from megatron_laep.loop.start import find
 from megatron_laep.mcore import symbols
 from megatron_laep.mcore.arguments import check_yaml
 from megatron_laep.mcore.captured_graphs import keep_counts
-from megatron_laep.mcore.checkpoint import ENTRY, Writer
+from megatron_laep.mcore.checkpoint import ENTRY, PENDING, Writer
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.moe_layer import (
     LaepMoELayer,
@@ -46,6 +47,7 @@ from megatron_laep.mcore.quantile_balancing import with_any_experts
 from megatron_laep.mcore.rebuild import release
 from megatron_laep.mcore.token_dropping import note_choice
 from megatron_laep.mcore.upstream_bugs import mend_help
+from megatron_laep.mcore.verification import checksums
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 from megatron_laep.settings import flags
 from megatron_laep.settings.config import LaepConfig
@@ -75,6 +77,7 @@ def hooks() -> list[Hook]:
         Hook(f"{loop}:load_checkpoint", _load_checkpoint),
         Hook("megatron.training.checkpointing:generate_state_dict", _generate_state_dict),
         Hook("megatron.training.checkpointing:_build_sharded_state_dict_metadata", _build_metadata),
+        Hook("megatron.training.checkpointing:_async_delete_checkpoint_impl", keep_prunings),
         Hook(f"{loop}:setup_model_and_optimizer", _setup_model_and_optimizer),
         Hook(f"{loop}:training_log", _training_log),
         Hook(f"{loop}:report_theoretical_memory", _report_theoretical_memory),
@@ -223,7 +226,7 @@ def _load_checkpoint(original):
         start = session.active_start
         if start is None:
             return original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
-        with start.loading(ddp_model, get_args()):
+        with start.loading(ddp_model, optimizer, get_args()):
             result = original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
         start.check_loaded(result[0])
         session.loaded = True
@@ -239,6 +242,9 @@ def _generate_state_dict(original):
         start = session.active_start
         if start is not None and iteration is not None:
             record = dataclasses.replace(session.record(iteration), writer=Writer.now(start.config))
+            if record.map_state == PENDING and session.running is not None:
+                sums = checksums(state_dict, record.lineage.steps[-1])
+                record = dataclasses.replace(record, checksums=sums)
             state_dict[ENTRY] = record.to_entry()
         return state_dict
 
@@ -351,12 +357,14 @@ def _checkpoint_and_decide_exit(original):
 
         if running is None or not running.end_iteration(iteration):
             return step()
+        maybe_finalize_async_save(blocking=True)
+        if not commit.has_room(running, iteration, model, get_args()):
+            return step()
 
         # A save plan that was cached for the job's other checkpoints would not fit this one.
         context = {
             key: value for key, value in checkpointing_context.items() if key != "save_strategy"
         }
-        maybe_finalize_async_save(blocking=True)
         committed = commit.commit(
             running,
             iteration,

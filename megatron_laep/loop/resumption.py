@@ -7,7 +7,7 @@ flag, what was given, what is wanted and what to do.
 from megatron_laep.checks import Refusal
 from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.settings.config import LaepConfig
-from megatron_laep.settings.schedule import Leg
+from megatron_laep.settings.schedule import Leg, with_postponed
 
 
 def remaining_legs(record: Record | None, config: LaepConfig, where: object) -> tuple[Leg, ...]:
@@ -22,7 +22,8 @@ def remaining_legs(record: Record | None, config: LaepConfig, where: object) -> 
     if record is None:
         config.check_windows(legs)
         return legs
-    done = _pruned_legs(record, config, where)
+    legs = with_postponed(legs, record.postponed)
+    done = _pruned_legs(record, legs, config, where)
     done |= {leg for leg in legs if leg.end in record.declined}
     remaining = tuple(leg for leg in legs if leg not in done)
     if not remaining:
@@ -40,12 +41,14 @@ def remaining_legs(record: Record | None, config: LaepConfig, where: object) -> 
     return remaining
 
 
-def _pruned_legs(record: Record, config: LaepConfig, where: object) -> set[Leg]:
+def _pruned_legs(
+    record: Record, legs: tuple[Leg, ...], config: LaepConfig, where: object
+) -> set[Leg]:
     """The legs in which the checkpoint's prunings were made."""
     done = [
         leg
         for iteration in record.pruned_at
-        for leg in config.legs()
+        for leg in legs
         if iteration == leg.end or (leg.early and leg.start < iteration < leg.end)
     ]
     if len(set(done)) < len(record.pruned_at):

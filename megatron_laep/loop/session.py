@@ -76,6 +76,7 @@ class Session:
             lineage=found.lineage,
             map_state=applied if self.loaded else found.map_state,
             declined=found.declined,
+            postponed=found.postponed,
             inherited=found.inherited,
         )
 

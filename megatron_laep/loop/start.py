@@ -23,10 +23,14 @@ from megatron_laep.mcore import arguments, checkpoint, refusals, symbols
 from megatron_laep.mcore.checkpoint import PENDING, Record
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.mcore.refusals import Complaint
+from megatron_laep.mcore.verification import Verification
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.schedule import Leg
+
+_LEAVE_MISSING = ("log_all", "return_all", "ignore_all")
+"""Values of --dist-ckpt-strictness."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,24 @@ class Start:
             )
 
     @contextlib.contextmanager
-    def loading(self, model: list[torch.nn.Module], args: Namespace) -> Iterator[None]:
-        """Around Megatron's load_checkpoint. A collective if the map is pending."""
+    def loading(
+        self, model: list[torch.nn.Module], optimizer: object, args: Namespace
+    ) -> Iterator[None]:
+        """Around Megatron's load_checkpoint. A collective if the model was pruned.
+
+        Raises:
+            Refusal: what was loaded is not what the checkpoint holds (``verification``).
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(checkpoint.adapting_optimizer_state())
+            verification = None
+            # Under these values a tensor that the checkpoint lacks is left as it is.
+            lenient = symbols.argument(args, "dist_ckpt_strictness") in _LEAVE_MISSING
+            if self.expert_map is not None and (self.pending or not lenient):
+                recorded = self.record.checksums if self.pending and self.record else {}
+                step = self.lineage.last if self.pending else None
+                verification = Verification(model, optimizer, step, recorded, self.source)
+                stack.enter_context(verification.watching())
             if self.pending:
                 step = self.lineage.steps[-1]
                 stack.enter_context(checkpoint.loading_through(step, find_layers(model), args))
@@ -156,6 +174,8 @@ class Start:
                     events.timed("load_through_map", checkpoint=self.source, map=step.short_hash)
                 )
             yield
+            if verification is not None:
+                verification.finish()
 
     def check_loaded(self, iteration: int) -> None:
         """The checkpoint that Megatron loaded must be the one whose map the model was built for."""

@@ -89,6 +89,7 @@ PARSED = {
     "profile_step_start": "refuse a profile across the rebuild",
     "rerun_mode": "refuse to count an iteration twice",
     "save": "write the checkpoint with the map",
+    "save_interval": "count the checkpoints since a pruning",
     "seq_length": "tell how many iterations a batch size schedule has",
     "sgd_momentum": "tell the memory that is freed",
     "skip_train": "refuse what is not training",
@@ -123,6 +124,7 @@ OPTIONAL = {
     "moe_ncclep_static_shape": Optional(False, "refuse buffers that layers share"),
     "moe_ncclep_zero_copy": Optional(False, "refuse buffers that layers share"),
     "override_ckpt_iteration": Optional(None, "refuse to set the iteration back"),
+    "save_retain_interval": Optional(None, "keep the checkpoint of a pruning for a while"),
     "yaml_cfg": Optional(None, "refuse flags that a YAML file would drop"),
 }
 

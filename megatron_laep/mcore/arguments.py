@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_laep.checks import Refusal
+from megatron_laep.json_text import read_text
 from megatron_laep.mcore import refusals, symbols
 from megatron_laep.mcore.checkpoint import Record
 from megatron_laep.mcore.described_model import model_layout, router_groups
@@ -296,7 +297,7 @@ def read_plan(
         )
     experts = present_experts(args, present)
     try:
-        expert_map = ExpertMap.from_json(path.read_text())
+        expert_map = ExpertMap.from_json(read_text(path))
     except (OSError, ValueError) as error:
         raise Refusal(f"--laep-plan {path}: {error}") from error
     check_plan(expert_map, model_layout(args, config, experts), config)

@@ -22,8 +22,8 @@ import dataclasses
 import os
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,15 +32,17 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.training import checkpointing
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_laep.checks import Refusal
-from megatron_laep.mcore import symbols
+from megatron_laep.checks import Refusal, whole_number
+from megatron_laep.mcore import record_entry, symbols
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_state import (
     adapt_common_state,
     complete_common_state,
     complete_loaded_state,
 )
+from megatron_laep.mcore.record_entry import read_entry
 from megatron_laep.mcore.tracker import tracked_iteration
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
@@ -51,7 +53,6 @@ from megatron_laep.settings.config import LaepConfig
 ENTRY = "megatron_laep"
 PENDING = "pending"
 APPLIED = "applied"
-_RECORD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,15 @@ class Record:
         ended: the windows before that one, oldest first, as many as a decision on stability needs.
         declined: iterations at which the job was to be pruned, and was not since the loads were not
             stable (--laep-require-stable).
+        postponed: (iteration at which the job was to be pruned, iteration that this was postponed
+            to, since the checkpoint would not have fitted on the disk), oldest first.
         inherited: the first so many prunings are of another job, from which this one took the
             weights; their iterations mean nothing here.
         iteration: of the checkpoint. Not stored: read from where Megatron keeps it.
         is_laep: whether a LAEP job wrote the checkpoint; False gives a record without map.
         writer: what wrote the checkpoint; None where it does not say.
+        checksums: of some kept experts and their moments, of a pending map (``verification``);
+            records of before it have none.
     """
 
     lineage: Lineage = Lineage()
@@ -111,10 +116,12 @@ class Record:
     window: OpenWindow | None = None
     ended: tuple[OpenWindow, ...] = ()
     declined: tuple[int, ...] = ()
+    postponed: tuple[tuple[int, int], ...] = ()
     inherited: int = 0
     iteration: int = 0
     is_laep: bool = True
     writer: Writer | None = None
+    checksums: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def pruned_at(self) -> tuple[int, ...]:
@@ -125,20 +132,28 @@ class Record:
         """For a job that takes only the weights: its iterations count from 0 again."""
         inherited = len(self.lineage.steps)
         return dataclasses.replace(
-            self, iteration=0, window=None, ended=(), declined=(), inherited=inherited
+            self,
+            iteration=0,
+            window=None,
+            ended=(),
+            declined=(),
+            postponed=(),
+            inherited=inherited,
         )
 
     def to_entry(self) -> dict | PrunedCheckpoint:
         """The value that goes into the checkpoint's common state; plain Python values."""
         record = {
-            "version": _RECORD_VERSION,
+            "version": record_entry.VERSION,
             "lineage": [step.to_json() for step in self.lineage.steps],
             "inherited": self.inherited,
             "map_state": self.map_state,
             "window": dataclasses.asdict(self.window) if self.window else None,
             "ended": [dataclasses.asdict(window) for window in self.ended],
             "declined": list(self.declined),
+            "postponed": [list(pair) for pair in self.postponed],
             "writer": dataclasses.asdict(self.writer) if self.writer else None,
+            "checksums": dict(self.checksums),
         }
         original_numbers = len(self.lineage.steps) == (self.map_state == PENDING)
         return record if original_numbers else PrunedCheckpoint(record)
@@ -148,34 +163,22 @@ class Record:
         """Reads the record out of a checkpoint's common state.
 
         Raises:
-            ValueError: the record is of another version, or its maps do not match their hashes.
+            ValueError: the record is of another version or damaged, or its maps do not match their
+                hashes.
         """
-        iteration = common_state.get("iteration", 0)
-        entry = common_state.get(ENTRY)
-        if entry is None:
-            return Record(iteration=iteration, is_laep=False)
-        record = entry.record if isinstance(entry, PrunedCheckpoint) else entry
-        if record["version"] != _RECORD_VERSION:
-            raise Refusal(
-                f"{where}: its LAEP record has version {record['version']}, this megatron_laep reads "
-                f"version {_RECORD_VERSION}: use the megatron_laep that wrote the checkpoint"
-            )
-        window = record["window"]
-        writer = record.get("writer")  # records of before it have none
+        if not isinstance(common_state, Mapping):
+            raise Refusal(f"{where}: its common state is a {type(common_state).__name__}, no dict")
         try:
-            lineage = Lineage(tuple(map(ExpertMap.from_json, record["lineage"])))
+            iteration = whole_number(common_state.get("iteration", 0), "its iteration", 0)
+            entry = common_state.get(ENTRY)
+            if entry is None:
+                return Record(iteration=iteration, is_laep=False)
+            record = entry.record if isinstance(entry, PrunedCheckpoint) else entry
+            fields = read_entry(record, (PENDING, APPLIED))
         except ValueError as error:
             raise Refusal(f"{where}: {error}") from error
-        return Record(
-            lineage=lineage,
-            map_state=record["map_state"],
-            window=OpenWindow(**window) if window else None,
-            ended=tuple(OpenWindow(**ended) for ended in record["ended"]),
-            declined=tuple(record["declined"]),
-            inherited=record["inherited"],
-            iteration=iteration,
-            writer=Writer(**writer) if writer else None,
-        )
+        writer = fields.pop("writer")
+        return Record(**fields, iteration=iteration, writer=Writer(**writer) if writer else None)
 
 
 def find_checkpoint(folder: str | None, args: Namespace) -> Path | None:
@@ -219,12 +222,28 @@ def read_record(checkpoint: Path | None) -> Record | None:
 
     Local: reads a few kilobytes, needs no process group. A checkpoint that LAEP did not write gives
     a record without map.
+
+    Raises:
+        Refusal: what the checkpoint says of itself is damaged, or asks for what it does not need.
     """
     if checkpoint is None or not dist_checkpointing.check_is_distributed_checkpoint(
         str(checkpoint)
     ):
         return None
-    common_state = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    try:
+        common_state = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except (Refusal, OSError):
+        raise
+    # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception that
+    # is no Exception.
+    except (Exception, CheckpointException) as error:
+        failures = getattr(error, "failures", None) or {0: (error, None)}
+        first = next(iter(failures.values()))[0]
+        raise Refusal(
+            f"{checkpoint} is damaged: what it says of itself cannot be read "
+            f"({type(first).__name__}: {' '.join(str(first).split())[:400]}); start from an earlier "
+            "checkpoint with --ckpt-step, and look at this one with 'laep verify'"
+        ) from error
     return Record.from_common_state(common_state, where=str(checkpoint))
 
 

@@ -5,8 +5,10 @@ Reads the metadata only, no weights, and needs neither a GPU nor a process group
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_laep.checks import Refusal
 from megatron_laep.mcore import checkpoint
 from megatron_laep.mcore.layer_numbers import mtp_name
+from megatron_laep.mcore.safe_metadata import reading_without_code
 from megatron_laep.pruned_checkpoint import allow_pruned_checkpoints
 
 _EXPERT = re.compile(r"\.mlp\.experts\.experts\.")
@@ -41,35 +44,19 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     there are any.
     Errors: ValueError if it is not a complete torch_dist checkpoint.
     """
-    if not (path / ".metadata").exists():
-        raise Refusal(
-            f"{path} is not a complete checkpoint of format torch_dist: it has no file .metadata"
-        )
-    allow_pruned_checkpoints()
-    try:
-        with warnings.catch_warnings():
-            # That torch.distributed is not initialised: it need not be.
-            warnings.simplefilter("ignore")
-            metadata = FileSystemReader(path).read_metadata()
-            _check_complete(path, metadata)
-            record = checkpoint.read_record(path)
-    except Refusal:
-        raise
-    # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception
-    # that is no Exception.
-    except (Exception, CheckpointException) as error:
-        raise Refusal(
-            f"{path} is damaged: its .metadata or metadata.json cannot be read "
-            f"({type(error).__name__})"
-        ) from None
-    if record is None:
-        raise Refusal(f"{path} is not a distributed checkpoint of Megatron-Core")
+    metadata = read_metadata(path)
+    record = read_record(path)
+    with _reading(path):  # what was unpickled without an error need not be what it should be
+        return _described(path, metadata, record)
+
+
+def _described(path: Path, metadata: Metadata, record: checkpoint.Record) -> dict[str, object]:
     entries = metadata.state_dict_metadata
     shapes = {key: tuple(entry.size) for key, entry in entries.items() if hasattr(entry, "size")}
     weights = {key: shape for key, shape in shapes.items() if not _OPTIMIZER.match(key)}
     expert_parameters = sum(_numel(s) for key, s in weights.items() if _EXPERT.search(key))
     parameters = sum(map(_numel, weights.values()))
-    experts, names = _experts(weights)
+    experts, names = experts_of(weights)
     expert_map = record.lineage.composed
     return {
         "kind": "checkpoint",
@@ -109,11 +96,58 @@ def describe_checkpoint(path: Path) -> dict[str, object]:
     }
 
 
+def read_metadata(path: Path) -> Metadata:
+    """What a checkpoint says of its tensors, all of whose files are there. Runs nothing of it.
+
+    Errors: ValueError if it is not a complete torch_dist checkpoint.
+    """
+    if not (path / ".metadata").exists():
+        raise Refusal(
+            f"{path} is not a complete checkpoint of format torch_dist: it has no file .metadata"
+        )
+    with _reading(path):
+        metadata = FileSystemReader(path).read_metadata()
+        _check_complete(path, metadata)
+    return metadata
+
+
+def read_record(path: Path) -> checkpoint.Record:
+    """What a checkpoint says about LAEP. Errors: ValueError if it cannot be read, or is damaged."""
+    allow_pruned_checkpoints()
+    with _reading(path):
+        record = checkpoint.read_record(path)
+    if record is None:
+        raise Refusal(f"{path} is not a distributed checkpoint of Megatron-Core")
+    return record
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings(), reading_without_code(path):
+            # That torch.distributed is not initialised: it need not be.
+            warnings.simplefilter("ignore")
+            yield
+    except Refusal as refusal:
+        if str(path) in str(refusal):
+            raise
+        raise Refusal(f"{path}: {refusal}") from None
+    # What unpickles damaged bytes may raise anything, and torch wraps some of it in an exception
+    # that is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise Refusal(
+            f"{path} is damaged: its .metadata or metadata.json cannot be read "
+            f"({type(error).__name__})"
+        ) from None
+
+
 def _check_complete(path: Path, metadata: Metadata) -> None:
     """ValueError unless every file of tensors is there, and as long as the metadata needs it."""
     ends: dict[str, int] = {}
     for stored in metadata.storage_data.values():
         name, end = stored.relative_path, stored.offset + stored.length
+        if Path(name).name != name or min(stored.offset, stored.length) < 0:
+            raise Refusal(f"{path} is damaged: its .metadata names {name!r} as a file of tensors")
         ends[name] = max(ends.get(name, 0), end)
     for name, end in sorted(ends.items()):
         file = path / name
@@ -132,7 +166,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _experts(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[int, int], dict[int, str]]:
+def experts_of(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[int, int], dict[int, str]]:
     """Experts of each MoE layer by its number, from the routers' weights, and names of MTP layers.
 
     A decoder with one layout for all layers stacks them: [L, E, H] instead of [E, H] each.

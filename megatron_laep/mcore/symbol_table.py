@@ -128,6 +128,12 @@ HOOKED = (
         "write the checkpoint with the map with one key for each layer",
     ),
     Symbol(
+        f"{_SAVES}:_async_delete_checkpoint_impl",
+        "keep the checkpoint of a pruning for a while",
+        takes="save_path, iteration_to_delete",
+        optional=True,
+    ),
+    Symbol(
         f"{_LOOP}:setup_model_and_optimizer",
         "agree on the map before the model is built, and start counting after",
         looks_up="load_checkpoint",
@@ -321,6 +327,17 @@ USED = (
         "leave pruned experts unread where there is one rank",
     ),
     Symbol(
+        f"{_MAPPING}:is_main_replica",
+        "take checksums of what is written",
+        takes="replica_id",
+    ),
+    Symbol(
+        f"{_MAPPING}:ShardedTensorFactory.build",
+        "take checksums of gated weights",
+        takes="self",
+        exactly=True,
+    ),
+    Symbol(
         f"{_MAPPING}:ShardedObject",
         "place extra states",
         takes="*, key, global_shape, global_offset",
@@ -362,6 +379,15 @@ USED = (
     Symbol(
         f"{_CORE}.parallel_state:get_expert_model_parallel_world_size",
         "lay the map out for the ranks that the job has",
+    ),
+    Symbol(
+        f"{_CORE}.parallel_state:get_data_parallel_world_size",
+        "tell whether a checkpoint fits on the disk",
+        takes="*, with_context_parallel",
+    ),
+    Symbol(
+        f"{_CORE}.parallel_state:get_expert_data_parallel_world_size",
+        "tell whether a checkpoint fits on the disk",
     ),
     Symbol(f"{_CORE}.parallel_state:get_pipeline_model_parallel_group", "add the stages up"),
     Symbol(f"{_CORE}.parallel_state:get_pipeline_model_parallel_rank", "tell a layer's stage"),

@@ -19,7 +19,14 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from megatron_laep.checks import Refusal, number_within, only_fields, whole_number, whole_numbers
+from megatron_laep.checks import (
+    Refusal,
+    number_within,
+    only_fields,
+    shown,
+    whole_number,
+    whole_numbers,
+)
 from megatron_laep.json_text import parse_json
 
 SCHEMA_VERSION = 1
@@ -171,11 +178,11 @@ class ExpertMap:
             object.__setattr__(self, name, whole_number(getattr(self, name), name, minimum))
         for name in ("alpha", "placement"):
             if not isinstance(getattr(self, name), str):
-                raise Refusal(f"{name} must be a string, got {getattr(self, name)!r}")
+                raise Refusal(f"{name} must be a string, got {shown(getattr(self, name))}")
         object.__setattr__(self, "beta", number_within(self.beta, "beta", 0, 1))
         layers = tuple(self.layers)
         if not layers or not all(isinstance(layer, LayerMap) for layer in layers):
-            raise Refusal(f"layers must be one or more LayerMap values, got {self.layers!r}")
+            raise Refusal(f"layers must be one or more LayerMap values, got {shown(self.layers)}")
         object.__setattr__(
             self, "layers", tuple(sorted(layers, key=lambda layer: layer.layer_number))
         )
@@ -294,14 +301,14 @@ class ExpertMap:
         version = data["schema_version"]
         if version != SCHEMA_VERSION:
             raise Refusal(
-                f"the expert map has schema version {version!r}, this megatron_laep reads "
+                f"the expert map has schema version {shown(version)}, this megatron_laep reads "
                 f"{SCHEMA_VERSION}: use the version of megatron_laep that wrote it"
             )
         names = [field.name for field in fields(cls)]
         content = {name: value for name, value in data.items() if name != "hash"}
         only_fields(content, [*names, "schema_version"], "the expert map", _OTHER_VERSION)
         if not isinstance(content["layers"], list | tuple):
-            raise Refusal(f"layers must be a list, got {content['layers']!r}")
+            raise Refusal(f"layers must be a list, got {shown(content['layers'])}")
         layer_names = [field.name for field in fields(LayerMap)]
         content["layers"] = tuple(
             LayerMap(
@@ -312,7 +319,7 @@ class ExpertMap:
         expert_map = cls(**{name: content[name] for name in names})
         if "hash" in data and data["hash"] != expert_map.hash:
             raise Refusal(
-                f"the expert map says hash {data['hash']!r}, but its content has "
+                f"the expert map says hash {shown(data['hash'])}, but its content has "
                 f"{expert_map.hash!r}: it was damaged or edited. Restore it, or remove the hash "
                 "field if the change is meant"
             )

@@ -17,6 +17,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_laep.json_text import parse_json, read_bytes
+
 _LOGGER = logging.getLogger(__name__)
 
 NAME = "stability.jsonl"
@@ -43,11 +45,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     decisions: list[dict[str, Any]] = []
-    for row, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for row, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not line:
             continue
         try:
-            decision = json.loads(line)
+            decision: Any = parse_json(line.decode())
             resumed = "resumed" in decision
             iteration = operator.index(decision["resumed" if resumed else "iteration"])
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laep.checks import Refusal, whole_number, whole_numbers
+from megatron_laep.checks import Refusal, shown, whole_number, whole_numbers
 from megatron_laep.json_text import read_json
 
 _LOGGER = logging.getLogger(__name__)
@@ -96,9 +96,9 @@ class LoadLogHeader:
             object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
         for name in ("lineage", "original_ids", "experts_per_rank"):
             if not isinstance(getattr(self, name), list | tuple):
-                raise Refusal(f"{name} must be a list, got {getattr(self, name)!r}")
+                raise Refusal(f"{name} must be a list, got {shown(getattr(self, name))}")
         if not all(isinstance(text, str) and len(text) >= 12 for text in self.lineage):
-            raise Refusal(f"lineage must be a list of map hashes, got {list(self.lineage)!r}")
+            raise Refusal(f"lineage must be a list of map hashes, got {shown(list(self.lineage))}")
         object.__setattr__(self, "lineage", tuple(self.lineage))
         for name in ("original_ids", "experts_per_rank"):
             rows = tuple(whole_numbers(row, name, 0) for row in getattr(self, name))
@@ -151,7 +151,7 @@ class LoadLogHeader:
         """The value that ``to_dict`` wrote. Errors: ValueError for another version or damage."""
         if data.get("version") != VERSION:
             raise Refusal(
-                f"it has version {data.get('version')!r}, this megatron_laep reads {VERSION}: use "
+                f"it has version {shown(data.get('version'))}, this megatron_laep reads {VERSION}: use "
                 "the version that wrote it"
             )
         data = {"experts_per_rank": (), **data}  # younger than the format

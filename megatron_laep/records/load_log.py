@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laep.checks import Refusal, whole_number, whole_numbers
-from megatron_laep.json_text import read_json
+from megatron_laep.json_text import read_bytes, read_json
 from megatron_laep.plan.expert_map import near_equal_blocks
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.placement import rank_loads
@@ -36,6 +36,8 @@ from megatron_laep.records.load_format import (
 from megatron_laep.records.pruning_loads import PruningLoads, facts_of_model
 
 _LOGGER = logging.getLogger(__name__)
+_MOST_BYTES = 2**33
+"""Of a log: that of a window of 100 layers of 1024 experts has 0.8 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +224,7 @@ def _find(path: Path) -> Path:
 
 def _read_log(path: Path) -> LoadLog:
     header = read_header(path.with_suffix(".json"))
-    data = path.read_bytes()
+    data = read_bytes(path, most=_MOST_BYTES)
     records, sound = sound_records(data, header.dtype)
     rest = len(data) % header.dtype.itemsize
     if rest:

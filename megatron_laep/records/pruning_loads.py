@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laep.checks import Refusal, named_fields, whole_number, whole_numbers
+from megatron_laep.checks import Refusal, named_fields, shown, whole_number, whole_numbers
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.windows import OpenWindow
@@ -102,7 +102,7 @@ class PruningLoads:
         data = named_fields(data, ("iteration", "window", "layer_numbers", "tokens"), "it")
         if data.get("format", FORMAT) != FORMAT or data.get("version", VERSION) != VERSION:
             raise Refusal(
-                f"it has format {data.get('format')!r} and version {data.get('version')!r}, this "
+                f"it has format {shown(data.get('format'))} and version {shown(data.get('version'))}, this "
                 f"megatron_laep reads {FORMAT!r} and {VERSION}: use the version that wrote it"
             )
         numbers = whole_numbers(data["layer_numbers"], "layer_numbers", 1)

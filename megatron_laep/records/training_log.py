@@ -12,10 +12,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, shown
 
 LOG_NAME = "train.log"
 """Where the tools look for a job's output, in its --save folder."""
+
+MOST_LOG_BYTES = 2**32
+"""Of a job's whole output."""
+
+_MOST_CHARACTERS = 2**16
+"""Of a line. The patterns below look at a character a few times at most, except where a text begins like a
+line of ours again and again: then as often as it does."""
 
 _COUNT = r"\d{1,18}"
 _ITERATION = re.compile(rf"\biteration +({_COUNT})/ *({_COUNT}) \|(.*)")
@@ -23,14 +30,14 @@ _LOAD = re.compile(
     rf"\blaep event=load iteration=({_COUNT}) imbalance_mean=(\S+) .*dead_experts=({_COUNT})/\d"
 )
 _EVENT = re.compile(r"\blaep event=(\w+) ?(.*)")
-_EVENT_FIELD = re.compile(r'(\w+)=(?:"([^"]*)"|(\S+))')
+_EVENT_FIELD = re.compile(r'\b(\w+)=(?:"([^"]*)"|(\S+))')
 _VALIDATION = re.compile(
     rf"validation loss at iteration ({_COUNT})(?: on validation set)? \| lm loss value: (\S+) \| "
     r"lm loss PPL: (\S+) \|"
 )
-_ARGUMENT = re.compile(r"^(?:\[?\w*\d*\]?:)? *(\w+) \.{3,} ?(.*)$")
-_ARGUMENTS_START = re.compile(r"-+ arguments -+")
-_ARGUMENTS_END = re.compile(r"-+ end of arguments -+")
+_ARGUMENT = re.compile(r"^(?:\[?\w*\]?:)? *(\w+) \.{3,} ?(.*)$")
+_ARGUMENTS_START = re.compile(r"- arguments -")
+_ARGUMENTS_END = re.compile(r"- end of arguments -")
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ def parse_log(text: str) -> TrainingLog:
     validation = None
     # Not splitlines: rows are what an editor shows, and that does not break at form feeds.
     text_lines = text.split("\n")
-    for row, text_line in enumerate(text_lines, start=1):
+    for row, whole_line in enumerate(text_lines, start=1):
+        text_line = whole_line[:_MOST_CHARACTERS]
         if match := _VALIDATION.search(text_line):
             validation = (int(match[1]), _number(match[2], row), _number(match[3], row))
         elif match := _LOAD.search(text_line):
@@ -152,7 +160,7 @@ def _number(text: str, row: int) -> float:
         return float(text)
     except ValueError:
         raise Refusal(
-            f"row {row} of the log has {text.strip()!r} where a number belongs: two outputs were "
+            f"row {row} of the log has {shown(text.strip())} where a number belongs: two outputs were "
             "mixed, or the file was edited; mend or remove the row"
         ) from None
 

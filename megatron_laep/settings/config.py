@@ -54,6 +54,11 @@ class LaepConfig:
         False,
         "Do not prune if the loads are not stable after iteration N (default: warn and prune).",
     )
+    require_prune: bool = setting(
+        False,
+        "Stop the job if the checkpoint of a pruning would not fit on the disk (default: warn, "
+        "train on, and try again --laep-window iterations later).",
+    )
     window: int | None = setting(
         None,
         "Decide on the tokens that the experts got in the last W iterations before pruning; "
@@ -87,6 +92,14 @@ class LaepConfig:
         False,
         "Write the checkpoint with the expert map, then exit with code 0, for schedulers that "
         "relaunch the job with other resources.",
+    )
+    keep_pruning_checkpoint: int = setting(
+        10,
+        "Keep the checkpoint of each pruning, which still holds all experts, from "
+        "--save-retain-interval until N ordinary checkpoints have been saved after it "
+        "(default: {default}).",
+        metavar="N",
+        type=int,
     )
     record_interval: int | None = setting(
         None,
@@ -184,6 +197,7 @@ class LaepConfig:
         for name in ("window", "expert_model_parallel_size", "record_interval"):
             if getattr(self, name) is not None:
                 whole_number(getattr(self, name), flag(name), 1)
+        whole_number(self.keep_pruning_checkpoint, flag("keep_pruning_checkpoint"), 0)
         for iteration in self.prune_iterations:
             whole_number(iteration, flag("prune_iteration"), 1)
         if self.enabled and not self.prune_iterations:

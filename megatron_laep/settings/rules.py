@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_laep.checks import Refusal, number_within, whole_number
+from megatron_laep.checks import Refusal, number_within, shown, whole_number
 from megatron_laep.settings.fields import flag, setting
 
 PLACEMENTS = ("balanced", "greedy", "none")
@@ -99,12 +99,12 @@ class PruningRules:
         number_within(self.beta, flag("beta"), 0, 1)
         if self.placement not in PLACEMENTS:
             raise Refusal(
-                f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
+                f"--laep-placement must be one of {', '.join(PLACEMENTS)}, got {shown(self.placement)}"
             )
         if self.group_rule not in GROUP_RULES:
             raise Refusal(
                 f"--laep-group-rule must be one of {', '.join(GROUP_RULES)}, got "
-                f"{self.group_rule!r}"
+                f"{shown(self.group_rule)}"
             )
         spread = self.max_experts_per_rank_spread
         if spread is not None:
@@ -149,7 +149,7 @@ class AlphaSpec:
         Errors: ValueError for junk, negative or NaN alpha, reversed or overlapping ranges.
         """
         if not isinstance(text, str):
-            raise Refusal(f"--laep-alpha must be a string such as '0.4', got {text!r}")
+            raise Refusal(f"--laep-alpha must be a string such as '0.4', got {shown(text)}")
         if ":" not in text:
             return AlphaSpec(uniform=_parse_alpha(text, text))
         ranges = tuple(_parse_range(part, text) for part in text.split(","))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEFAULT_WINDOW = 100
 
@@ -78,6 +78,28 @@ class Leg:
                 break
             usable, start = usable + 1, first
         return usable
+
+    def fits_after(self, iteration: int, *, judged: bool) -> bool:
+        """Whether the windows that the pruning takes can still be counted from `iteration` on.
+
+        judged: it is decided on the stability of the windows, not on the last one alone.
+        """
+        return iteration + self.window * (self.needed if judged else 1) <= self.end
+
+
+def with_postponed(legs: Sequence[Leg], postponed: Sequence[tuple[int, int]]) -> tuple[Leg, ...]:
+    """The legs, those ends moved that were postponed: the next leg begins where one ends.
+
+    postponed: (iteration at which a pruning was due, iteration that it was postponed to).
+    """
+    later = dict(postponed)
+    moved: list[Leg] = []
+    for leg in legs:
+        start, end = moved[-1].end if moved else leg.start, leg.end
+        while later.get(end, end) > end:
+            end = later[end]
+        moved.append(replace(leg, start=start, end=end))
+    return tuple(moved)
 
 
 class Verdict(enum.StrEnum):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_laep.checks import Refusal, number_within, whole_number, whole_numbers
+from megatron_laep.checks import Refusal, number_within, shown, whole_number, whole_numbers
 from megatron_laep.plan.expert_map import ExpertMap, equal_blocks
 from megatron_laep.plan.placement import rank_loads
 
@@ -38,7 +38,9 @@ def _check_numbers(value: Any, where: str, minimum: Mapping[str, float]) -> None
 def _check_flags(value: object, where: str, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(value, name), bool):
-            raise Refusal(f"{where}: {name} must be true or false, got {getattr(value, name)!r}")
+            raise Refusal(
+                f"{where}: {name} must be true or false, got {shown(getattr(value, name))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise Refusal(f"hardware: name must be a text, got {self.name!r}")
+            raise Refusal(f"hardware: name must be a text, got {shown(self.name)}")
         names = [name for name in self.__dataclass_fields__ if name != "name"]
         _check_numbers(self, "hardware", dict.fromkeys(names, 0))
         for name in names:
@@ -219,7 +221,9 @@ class Parallelism:
         minimum |= {"weight_bytes": 0, "gradient_bytes": 0, "optimizer_bytes": 0}
         _check_numbers(self, "parallelism", minimum)
         if self.recompute not in ("full", "none"):
-            raise Refusal(f"parallelism: recompute must be full or none, got {self.recompute!r}")
+            raise Refusal(
+                f"parallelism: recompute must be full or none, got {shown(self.recompute)}"
+            )
         _check_flags(self, "parallelism", "distributed_optimizer")
         counts = whole_numbers(self.layers_per_stage, "parallelism: layers_per_stage", 0)
         object.__setattr__(self, "layers_per_stage", counts)

@@ -11,9 +11,20 @@ import sys
 from collections.abc import Sequence
 
 import megatron_laep
+from megatron_laep.checks import printable
 
 # Modules of this folder with an `add_parser`, in the order of the help text.
-COMMANDS = ("check", "inspect", "plan", "sweep", "stability", "simulate", "summary", "report")
+COMMANDS = (
+    "check",
+    "inspect",
+    "verify",
+    "plan",
+    "sweep",
+    "stability",
+    "simulate",
+    "summary",
+    "report",
+)
 _USER_ERROR = 2  # as argparse's own
 _INTERRUPTED = 130  # as a shell has it
 
@@ -56,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # Without a name, it was the output that failed: every file is opened by its name.
         where = error.filename or "the output cannot be written"
-        print(f"laep: {where}: {error.strerror or error}", file=sys.stderr)
+        print(f"laep: {printable(str(where))}: {error.strerror or error}", file=sys.stderr)
     except MemoryError:
         print("laep: the input is larger than the memory of this machine", file=sys.stderr)
     except ValueError as error:
-        print(f"laep: {error}", file=sys.stderr)
+        print(f"laep: {printable(str(error))}", file=sys.stderr)
     return _USER_ERROR
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from megatron_laep.json_text import read_json
+from megatron_laep.checks import printable
+from megatron_laep.json_text import read_json, read_text
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.records import load_log
 from megatron_laep.records.load_format import FORMAT
 from megatron_laep.records.load_log import LoadLog
 from megatron_laep.tools import options
 
-_TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, in the folder of --save
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, in the folder of --save
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         options.print_json(found)
     else:
-        print(format_description(found))
+        print(printable(format_description(found)))
     return 0
 
 
@@ -71,15 +72,15 @@ def describe(path: Path) -> dict[str, object]:
 def _describe_folder(path: Path) -> dict[str, object]:
     if (path / "metadata.json").exists():
         return _describe_checkpoint(path)
-    tracker = path / _TRACKER
+    tracker = path / TRACKER
     if tracker.exists():
-        return _describe_checkpoint(path / _checkpoint_name(tracker))
+        return _describe_checkpoint(path / checkpoint_name(tracker))
     folder = path / "laep" if (path / "laep").is_dir() else path
     maps = sorted([*folder.glob("iter_*/map.json"), *folder.glob("map.json")])
     logs = load_log.find_logs(folder)
     if not maps and not logs:
         raise ValueError(
-            f"{path} holds no checkpoint ({_TRACKER} or metadata.json), no recorded loads "
+            f"{path} holds no checkpoint ({TRACKER} or metadata.json), no recorded loads "
             "(loads-*.bin) and no expert maps (iter_*/map.json)"
         )
     return {
@@ -90,8 +91,8 @@ def _describe_folder(path: Path) -> dict[str, object]:
     }
 
 
-def _checkpoint_name(tracker: Path) -> str:
-    iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()
+def checkpoint_name(tracker: Path) -> str:
+    iteration = read_text(tracker, most=4096, errors="replace").strip()
     if iteration == "release":
         return iteration
     if not re.fullmatch("[0-9]{1,18}", iteration):
@@ -119,7 +120,7 @@ def _describe_checkpoint(path: Path) -> dict[str, object]:
 def read_map(path: Path) -> ExpertMap:
     """An expert map from its file. Errors: ValueError that names the file."""
     try:
-        return ExpertMap.from_json(path.read_text(encoding="utf-8"))
+        return ExpertMap.from_json(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

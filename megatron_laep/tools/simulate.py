@@ -14,7 +14,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_laep.json_text import parse_json
+from megatron_laep.checks import shown
+from megatron_laep.json_text import parse_json, read_text
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import checked_loads
@@ -30,6 +31,8 @@ from megatron_laep.simulate.cost_inputs import (
     pruned_placements,
 )
 from megatron_laep.simulate.cost_model import calibrate, estimate
+
+_MOST_BYTES = 2**22
 
 VARIANTS = ("full", "pruned", "pruned and rearranged")
 
@@ -255,7 +258,7 @@ def _published(section: object, path: Path) -> dict[str, float] | None:
     ):
         raise ValueError(
             f"{path}: published: tflops_per_gpu must be a list of three numbers above 0, got "
-            f"{values!r}"
+            f"{shown(values)}"
         )
     return dict(zip(VARIANTS, values, strict=True))
 
@@ -264,7 +267,9 @@ def _checked_section(section: object, known: set[str], where: str) -> dict:
     if section is None:
         return {}
     if not isinstance(section, dict) or set(section) - known:
-        raise ValueError(f"{where} may have the fields {', '.join(sorted(known))}, got {section!r}")
+        raise ValueError(
+            f"{where} may have the fields {', '.join(sorted(known))}, got {shown(section)}"
+        )
     return dict(section)
 
 
@@ -285,7 +290,7 @@ def _find_hardware(name: str, model: Path) -> Path:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, most=_MOST_BYTES)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -16,10 +16,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from megatron_laep.checks import named_fields, number_within, whole_number
-from megatron_laep.json_text import read_json
+from megatron_laep.checks import named_fields, number_within, printable, whole_number
+from megatron_laep.json_text import read_json, read_text
 from megatron_laep.records.training_log import (
     LOG_NAME,
+    MOST_LOG_BYTES,
     TrainingLog,
     mean_between,
     median_milliseconds,
@@ -121,7 +122,7 @@ def _compared(name: str, before: float | None, after: float | None, digits: int)
 
 
 def _change(before: float | None, after: float | None) -> str:
-    return "" if before is None or after is None else f"{100 * (after / before - 1):+.1f} %"
+    return "" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
 
 
 def _fixed(value: float | None, digits: int) -> str:
@@ -142,7 +143,7 @@ def read_run(run_dir: Path, log_path: Path | None = None) -> tuple[TrainingLog, 
                 f"{wanted} does not exist: give the folder of a run that has pruned (--save), with "
                 f"the output of the training in {LOG_NAME}, or where it is with --log"
             )
-    log = parse_log(log_path.read_text(encoding="utf-8", errors="replace"))
+    log = parse_log(read_text(log_path, MOST_LOG_BYTES, errors="replace"))
     *earlier, table = (_read_table(path) for path in paths)
     return log, table, earlier[-1]["iteration"] if earlier else 0
 
@@ -183,5 +184,5 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the summary. Errors: ValueError as `read_run`."""
-    print(summarize_run(*read_run(args.run_dir, args.log)))
+    print(printable(summarize_run(*read_run(args.run_dir, args.log))))
     return 0

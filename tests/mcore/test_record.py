@@ -316,6 +316,7 @@ def test_a_record_whose_map_was_changed(tmp_path):
     changed = MAP.replace("[5, 1, 0, 4]", "[5, 1, 0, 3]").replace("[5,1,0,4]", "[5,1,0,3]")
     assert changed != MAP
     entry = {"version": 2, "lineage": [changed], "map_state": "pending", "window": None}
+    entry |= {"ended": [], "declined": [], "inherited": 0}
     in_megatron(write, path, {"iteration": 10, "megatron_laep": entry}, None).result()
     outcome = in_megatron(read, path)
     assert outcome.error == "Refusal"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_laep.settings.schedule import Leg, Verdict, judge
+from megatron_laep.settings.schedule import Leg, Verdict, judge, with_postponed
 
 
 def leg(start: int = 0, end: int = 10, *, window: int = 2, needed: int = 3, early: bool = True):
@@ -91,3 +91,18 @@ def test_which_verdicts_prune():
         Verdict.PRUNE,
         Verdict.PRUNE_UNSTABLE,
     ]
+
+
+def test_postponed_prunings_move_the_legs():
+    legs = (leg(0, 10), leg(10, 30))
+    assert with_postponed(legs, ()) == legs
+    assert with_postponed(legs, [(10, 12)]) == (leg(0, 12), leg(12, 30))
+    # Postponed again, and the second one once; one that was early moves nothing.
+    pairs = [(4, 6), (10, 12), (12, 14), (30, 32)]
+    assert with_postponed(legs, pairs) == (leg(0, 14), leg(14, 32))
+
+
+def test_whether_a_leg_still_has_its_windows():
+    given = leg(10, 30, window=5, needed=3)
+    assert given.fits_after(25, judged=False) and not given.fits_after(26, judged=False)
+    assert given.fits_after(15, judged=True) and not given.fits_after(16, judged=True)

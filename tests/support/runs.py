@@ -287,7 +287,7 @@ def _environment(world_size: int) -> dict[str, str]:
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(_free_port()),
+        MASTER_PORT=str(unused_port()),
         OMP_NUM_THREADS="1",
         CUDA_DEVICE_MAX_CONNECTIONS="1",
         MEGATRON_LAEP_PLATFORM="cpu",
@@ -296,7 +296,8 @@ def _environment(world_size: int) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
+def unused_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -15,14 +15,19 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laep.checks import named_fields, number_within
-from megatron_laep.json_text import read_json
+from megatron_laep.json_text import read_json, read_text
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.loads import checked_loads
 from megatron_laep.plan.summary import summarize
 from megatron_laep.records import decision_log, load_log
 from megatron_laep.records.pruning_loads import PruningLoads
-from megatron_laep.records.training_log import LOG_NAME, TrainingLog, parse_log
+from megatron_laep.records.training_log import (
+    LOG_NAME,
+    MOST_LOG_BYTES,
+    TrainingLog,
+    parse_log,
+)
 from megatron_laep.settings.thresholds import StabilityThresholds
 
 _DECISION_FIELDS = ("verdict", "stable_layers", "layers", "layers_needed", "thresholds")
@@ -189,6 +194,6 @@ def read_log(run_dir: Path, given: Path | None) -> TrainingLog | None:
             return None
         raise ValueError(f"{path} does not exist: give the file that the job's output went to")
     try:
-        return parse_log(path.read_text(encoding="utf-8", errors="replace"))
+        return parse_log(read_text(path, MOST_LOG_BYTES, errors="replace"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
