@@ -4,6 +4,11 @@
 #     scripts/test.sh                         # at most 12 minutes on two cores
 #     scripts/test.sh -m "long or not long"   # with those that take minutes each, as CI does
 #     scripts/test.sh -x -k expert_map
+#     scripts/test.sh --megatron 0.18.2       # the core suite on another Megatron than the newest
+#     scripts/test.sh --megatron ~/Megatron-LM -m short
+#
+# --megatron comes first and names a version, which is then installed into .megatron/VERSION, beside the
+# one torch, or a source tree. Unless -m says otherwise, the core suite runs (tests/core_suite.py).
 #
 # The environment is .venv in the repository, or your own, named by MEGATRON_LAEP_VENV; $PYTHON
 # names the Python to make .venv with.
@@ -12,7 +17,17 @@ set -euo pipefail
 # shellcheck source=scripts/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
+megatron=""
+if [ "${1:-}" = --megatron ]; then
+    megatron=${2:?"--megatron VERSION or --megatron TREE"}
+    shift 2
+fi
+
 setup_env test
+if [ -n "$megatron" ]; then
+    use_megatron "$megatron"
+    set -- -m core "$@"
+fi
 say "tests"
 # From the repository, so that pyproject.toml holds; paths in the arguments are relative to it.
 cd "$REPOSITORY"

@@ -72,7 +72,7 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 def is_module(name: str) -> bool:
     """Whether Megatron has a module of the name; looks at files, imports nothing."""
-    (root,) = importlib.util.find_spec("megatron").submodule_search_locations
+    root, *_ = importlib.util.find_spec("megatron").submodule_search_locations
     path = Path(root).parent.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()
 
