@@ -46,7 +46,8 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 try:
     from megatron.training.argument_utils import gpt_config_from_args
 except ImportError:
-    gpt_config_from_args = None  # 0.18 has no configuration of a GPT: it takes what gpt_model builds
+    # 0.18 has no configuration of a GPT: it takes what gpt_model builds.
+    gpt_config_from_args = None
 
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 

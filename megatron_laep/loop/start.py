@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_laep import events
 from megatron_laep.checks import Refusal
 from megatron_laep.loop import resumption
-from megatron_laep.mcore import arguments, checkpoint, symbols
+from megatron_laep.mcore import arguments, checkpoint, symbols, versions
 from megatron_laep.mcore.checkpoint import PENDING, Record
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.plan.expert_map import ExpertMap
@@ -89,6 +89,11 @@ class Start:
         Raises:
             ValueError: the job cannot be pruned, or not go on from the checkpoint, as its flags say.
         """
+        if self.active and not versions.check_known(try_any=self.config.try_any_megatron):
+            events.warn(
+                f"megatron-core {versions.megatron_version()} is tried because of "
+                f"--laep-try-any-megatron; megatron_laep was shown to work with {versions.SHOWN}."
+            )
         start = self
         if self.config.enabled:
             legs = resumption.remaining_legs(self.record, self.config, self.source)

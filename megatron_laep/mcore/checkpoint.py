@@ -34,7 +34,7 @@ from megatron.training import checkpointing
 from torch.distributed import distributed_c10d
 
 from megatron_laep.checks import Refusal
-from megatron_laep.mcore import symbols
+from megatron_laep.mcore import symbols, versions
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_state import (
     adapt_common_state,
@@ -78,7 +78,7 @@ class Writer:
         given = dataclasses.asdict(config)
         return Writer(
             megatron_laep=__version__,
-            megatron_core=symbols.megatron_version(),
+            megatron_core=versions.megatron_version(),
             torch=str(torch.__version__),  # a class of its own, which not every loader opens
             settings={
                 name: list(value) if isinstance(value, tuple) else value
