@@ -49,7 +49,8 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
         (MultiTokenPredictionLayer, "__init__"),
         (training, "train_step"),
     )
-    stock = [getattr(owner, name) for owner, name in seams]
+    # Megatron 0.18 has no quantile balancing, and nothing to mask there.
+    stock = [getattr(owner, name, None) for owner, name in seams]
     gating, qb_dual_update, update_router_qb_beta, get_capacity, _, init_mtp, train_step = stock
     routing = None  # the router that has run last: its tokens are sent before another one runs
 
@@ -109,8 +110,9 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
         return get_capacity(num_tokens, len(kept(routing)), *more, **named)
 
     def put(functions) -> None:
-        for (owner, name), function in zip(seams, functions, strict=True):
-            setattr(owner, name, function)
+        for (owner, name), before, function in zip(seams, stock, functions, strict=True):
+            if before is not None:
+                setattr(owner, name, function)
 
     put(
         (
