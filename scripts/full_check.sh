@@ -13,13 +13,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$REPOSITORY"
 
-STEPS=(lint tests long arithmetics overhead uneven published quickstart)
+STEPS=(lint tests long core-0.18.2 core-0.19.0 arithmetics overhead uneven published quickstart)
 
 words_of() {
     case $1 in
         lint) echo "scripts/lint.sh" ;;
         tests) echo "scripts/test.sh" ;;
         long) echo "scripts/test.sh -m long" ;;
+        core-*) echo "scripts/test.sh --megatron ${1#core-}" ;;
         arithmetics) echo "scripts/check_arithmetics.sh --long" ;;
         overhead) echo "$VENV_PYTHON scripts/bench_overhead.py" ;;
         uneven) echo "$VENV_PYTHON scripts/bench_uneven.py" ;;
