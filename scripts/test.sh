@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up the environment with what the tests need, and runs them. All arguments go to pytest:
+# Sets up the environment with what the tests need, and runs them. All arguments go to pytest; without
+# any, two files are tested at a time, since a test of one process leaves a core idle:
 #
 #     scripts/test.sh                         # what CI runs: at most 12 minutes on two quiet cores
 #     scripts/test.sh -m "long or not long"   # everything, as scripts/full_check.sh does
@@ -22,6 +23,7 @@ if [ "${1:-}" = --megatron ]; then
     megatron=${2:?"--megatron VERSION or --megatron TREE"}
     shift 2
 fi
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile
 
 setup_env test
 if [ -n "$megatron" ]; then
