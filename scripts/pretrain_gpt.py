@@ -1,11 +1,12 @@
-"""Pretrains a GPT with Megatron-LM's training loop; needs the megatron-core wheel (0.18 or newer) only.
+"""Pretrains a GPT or a hybrid stack with Megatron-LM's loop; needs the megatron-core wheel (0.18 or newer) only.
 
 On GPUs:
     torchrun --nproc-per-node 8 scripts/pretrain_gpt.py <Megatron's flags>
 With LAEP:
     torchrun --nproc-per-node 8 -m megatron_laep scripts/pretrain_gpt.py <Megatron's, LAEP's flags>
 
-Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data.
+Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data. With
+--hybrid-layer-pattern it builds what Megatron-LM's pretrain_hybrid.py builds.
 Does not know packed sequences (SFT, inter-document masking), fill-in-the-middle, distillation:
 Megatron-LM's own pretrain_gpt.py does. The module keeps no state, so that it can be run again in
 the same process.
@@ -39,7 +40,10 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -64,6 +68,7 @@ NOT_SUPPORTED_BY_GPT_MODEL = (
     "spec",
     "experimental_attention_variant",
     "heterogeneous_layers_config_path",
+    "hybrid_layer_pattern",
     "yaml_cfg",
 )
 
@@ -282,7 +287,7 @@ def main() -> None:
     # Every tensor-parallel group reads its own data, so each rank builds the data sets it needs.
     provide_datasets.is_distributed = True
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    # What only Megatron's own builders of a GPT know.
+    # What only Megatron's own builders know.
     without_config = NOT_SUPPORTED_BY_GPT_MODEL if gpt_config_from_args is None else ()
     for name in (*NOT_SUPPORTED, *without_config):
         if getattr(args, name, False):
@@ -292,10 +297,13 @@ def main() -> None:
                 "use Megatron-LM's own pretrain_gpt.py, which starts under `python -m "
                 "megatron_laep` as well"
             )
-    if gpt_config_from_args is None:
-        model, builder = None, {"model_provider": gpt_model}
+    builder = {}
+    if args.hybrid_layer_pattern is not None:
+        model = hybrid_config_from_args(args)
+    elif gpt_config_from_args is not None:
+        model = gpt_config_from_args(args)
     else:
-        model, builder = gpt_config_from_args(args), {}
+        model, builder = None, {"model_provider": gpt_model}
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         provide_datasets,
