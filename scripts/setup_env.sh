@@ -179,6 +179,9 @@ use_megatron() {
         [ -d "$folder/megatron/core" ] && [ -d "$folder/megatron/training" ] ||
             fail "$wanted has no megatron/core and megatron/training: name a source tree of" \
                 "Megatron-LM, or a version of megatron-core such as 0.18.2"
+        compgen -G "$folder/megatron/core/datasets/helpers_cpp*.so" >/dev/null ||
+            fail "$wanted has no compiled data helpers, which a wheel has: run" \
+                "make -C $wanted/megatron/core/datasets (with pybind11)"
     else
         [[ $wanted =~ ^[0-9]+\.[0-9]+(\.[0-9a-z.]+)?$ ]] ||
             fail "$wanted is neither a folder nor a version of megatron-core such as 0.18.2"

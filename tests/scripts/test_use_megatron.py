@@ -31,6 +31,11 @@ def test_a_source_tree_comes_first(tmp_path: Path):
     for package in ("core", "training"):
         (tmp_path / "megatron" / package).mkdir(parents=True)
     done = use(tmp_path)
+    assert done.returncode == 1
+    assert f"make -C {tmp_path}/megatron/core/datasets" in done.stderr
+    (tmp_path / "megatron/core/datasets").mkdir()
+    (tmp_path / "megatron/core/datasets/helpers_cpp.cpython-312.so").touch()
+    done = use(tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path}:/before"
 
