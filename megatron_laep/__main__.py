@@ -20,7 +20,7 @@ the same command would be refused again."""
 _USAGE = """\
 usage: python -m megatron_laep SCRIPT [ARGUMENTS OF THE SCRIPT] [--laep-... flags]
 
-Runs a Megatron-Core training script (megatron-core 0.19, a script that ends in
+Runs a Megatron-Core training script (megatron-core 0.18.2 or newer, a script that ends in
 megatron.training.pretrain) with expert pruning; usually under torchrun:
 
     torchrun --nproc-per-node 8 -m megatron_laep pretrain_gpt.py ARGUMENTS \\

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def find_gaps(requirement_text: str) -> list[str]:
     """What the running environment lacks of one requirement, as readable lines; empty if nothing.
 
-    requirement_text: a PEP 508 requirement, such as "megatron-core[training]>=0.19,<0.20".
+    requirement_text: a PEP 508 requirement, such as "megatron-core[training]>=0.18.2,<0.20".
     """
     # Not at the top: `packaging` may itself be what is missing, and main() says so in a sentence.
     from packaging.requirements import Requirement

@@ -1,4 +1,4 @@
-"""Pretrains a GPT or a hybrid stack with Megatron-LM's loop; needs the megatron-core wheel (0.19) only.
+"""Pretrains a GPT or a hybrid stack with Megatron-LM's loop; needs the megatron-core wheel (0.18 or newer) only.
 
 On GPUs:
     torchrun --nproc-per-node 8 scripts/pretrain_gpt.py <Megatron's flags>
@@ -23,9 +23,17 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -33,12 +41,17 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import (
-    gpt_config_from_args,
     hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+try:
+    from megatron.training.argument_utils import gpt_config_from_args
+except ImportError:
+    # 0.18 has no configuration of a GPT: it takes what gpt_model builds.
+    gpt_config_from_args = None
 
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -49,6 +62,14 @@ NOT_SUPPORTED = (
     "dataloader_inter_document_masking",
     "logits_load_dir",
     "per_dataset_sequences_path",
+)
+
+NOT_SUPPORTED_BY_GPT_MODEL = (
+    "spec",
+    "experimental_attention_variant",
+    "heterogeneous_layers_config_path",
+    "hybrid_layer_pattern",
+    "yaml_cfg",
 )
 
 SPIKE = 10  # --check-for-spiky-loss: so many times the largest loss seen before
@@ -88,7 +109,7 @@ def get_batch(
             batch[name] = None if tensor is None else tensor.cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        False,  # no packed sequences; the parameter has another name in 0.18
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -216,12 +237,59 @@ def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
     return sorted(ranks)
 
 
+def gpt_model(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: TransformerConfig | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> GPTModel:
+    """This rank's part of the GPT, for a Megatron that cannot build it from its configuration."""
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    with_te = args.transformer_impl == "transformer_engine"
+    kinds = {
+        "use_transformer_engine": with_te,
+        "normalization": args.normalization,
+        "qk_l2_norm": args.qk_l2_norm,
+        "vp_stage": vp_stage,
+    }
+    mtp_layers = None
+    if args.mtp_num_layers is not None:
+        # They are built like the last decoder layer.
+        last = get_gpt_decoder_layer_specs(config, **kinds)[-1]
+        mtp_layers = get_gpt_mtp_block_spec(
+            config, last, use_transformer_engine=with_te, vp_stage=vp_stage
+        )
+    return GPTModel(
+        config,
+        get_gpt_decoder_block_spec(config, **kinds),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        mtp_block_spec=mtp_layers,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
 def main() -> None:
     """Parse the command line, build Megatron's configuration, train."""
     # Every tensor-parallel group reads its own data, so each rank builds the data sets it needs.
     provide_datasets.is_distributed = True
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    for name in NOT_SUPPORTED:
+    # What only Megatron's own builders know.
+    without_config = NOT_SUPPORTED_BY_GPT_MODEL if gpt_config_from_args is None else ()
+    for name in (*NOT_SUPPORTED, *without_config):
         if getattr(args, name, False):
             raise ValueError(
                 f"scripts/pretrain_gpt.py: got --{name.replace('_', '-')}, which this script does "
@@ -229,15 +297,20 @@ def main() -> None:
                 "use Megatron-LM's own pretrain_gpt.py, which starts under `python -m "
                 "megatron_laep` as well"
             )
-    hybrid = args.hybrid_layer_pattern is not None
-    model = hybrid_config_from_args(args) if hybrid else gpt_config_from_args(args)
-    config = pretrain_cfg_container_from_args(args, model)
+    builder = {}
+    if args.hybrid_layer_pattern is not None:
+        model = hybrid_config_from_args(args)
+    elif gpt_config_from_args is not None:
+        model = gpt_config_from_args(args)
+    else:
+        model, builder = None, {"model_provider": gpt_model}
     pretrain(
-        config,
+        pretrain_cfg_container_from_args(args, model),
         provide_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
         get_embedding_ranks=embedding_ranks,
+        **builder,
     )
 
 

@@ -8,6 +8,8 @@
 # made anew when its Python does not run. To use an environment of your own instead, set
 # MEGATRON_LAEP_VENV to its directory: nothing is installed into it, and what it lacks is listed.
 #
+#     use_megatron 0.18.2        # after setup_env: another Megatron than that of the environment
+#
 # The caller has `set -euo pipefail`.
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -166,4 +168,35 @@ setup_env() {
     "$VENV_PYTHON" "$REPOSITORY/scripts/check_environment.py" "$extra" ||
         fail "pip reported success, yet the lines above are missing: delete $venv and start again"
     echo "$stamp" >"$stamp_file"
+}
+
+# use_megatron VERSION|TREE, after setup_env: what is run from here on imports that Megatron, with the
+# environment's torch. A version is unpacked into .megatron/VERSION, where nothing else is.
+use_megatron() {
+    local wanted=$1 folder
+    if [ -d "$wanted" ]; then
+        folder=$(cd "$wanted" && pwd)
+        [ -d "$folder/megatron/core" ] && [ -d "$folder/megatron/training" ] ||
+            fail "$wanted has no megatron/core and megatron/training: name a source tree of" \
+                "Megatron-LM, or a version of megatron-core such as 0.18.2"
+        compgen -G "$folder/megatron/core/datasets/helpers_cpp*.so" >/dev/null ||
+            fail "$wanted has no compiled data helpers, which a wheel has: run" \
+                "make -C $wanted/megatron/core/datasets (with pybind11)"
+    else
+        [[ $wanted =~ ^[0-9]+\.[0-9]+(\.[0-9a-z.]+)?$ ]] ||
+            fail "$wanted is neither a folder nor a version of megatron-core such as 0.18.2"
+        folder=$REPOSITORY/.megatron/$wanted
+        if [ ! -d "$folder" ]; then
+            say "megatron-core $wanted: installing it into $folder, without a torch of its own"
+            mkdir -p "${folder%/*}"
+            rm -rf "$folder.part"
+            install "$folder.log" "$VENV_PYTHON" -m pip install --progress-bar off --no-deps \
+                --target "$folder.part" "megatron-core==$wanted" ||
+                fail "pip could not install megatron-core $wanted: see its last lines above"
+            mv "$folder.part" "$folder"
+        fi
+    fi
+    # Before the environment's own: megatron is a namespace package, so its folders stay reachable, too.
+    export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
+    say "megatron: $folder"
 }

@@ -1,4 +1,7 @@
-"""What was skipped, and why, in one line at the end of every run; where CI=true, a skipped test is a failure."""
+"""What was skipped, and why, in one line at the end of every run; where CI=true, a skipped test is a failure.
+
+The markers of ``core_suite`` are given here, too.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,17 @@ import os
 from collections import Counter
 
 import pytest
+
+from tests.core_suite import CORE, SHORT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        file, _, name = item.nodeid.partition("::")
+        if file in CORE and item.get_closest_marker("long") is None:
+            item.add_marker("core")
+        if f"{file}::{name.partition('[')[0]}" in SHORT:
+            item.add_marker("short")
 
 
 def _skipped(config: pytest.Config) -> Counter[tuple[str, str]]:

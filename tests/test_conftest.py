@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.core_suite import CORE, SHORT
+
 TESTS = Path(__file__).parent
 SOURCE = """
 import pytest
@@ -29,7 +31,9 @@ def run(folder: Path, source: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "test_it.py"],
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if name != "CI"} | env,
+        env={name: value for name, value in os.environ.items() if name != "CI"}
+        | {"PYTHONPATH": str(TESTS.parent)}
+        | env,
         capture_output=True,
         text=True,
         timeout=60,
@@ -56,3 +60,13 @@ def test_what_was_skipped_is_one_line(tmp_path, env, code, begins) -> None:
 def test_nothing_skipped(tmp_path) -> None:
     done = run(tmp_path, "def test_passes(): ...\n", CI="true")
     assert done.returncode == 0 and "skipped" not in done.stdout.lower()
+
+
+def test_the_core_suite_names_what_there_is() -> None:
+    """A name that was moved would silently be run on no other Megatron."""
+    repository = TESTS.parent
+    assert [file for file in CORE if not (repository / file).is_file()] == []
+    for test in SHORT:
+        file, _, name = test.partition("::")
+        assert file in CORE, test
+        assert f"def {name}(" in (repository / file).read_text(), test

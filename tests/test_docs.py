@@ -57,6 +57,16 @@ def test_files_that_are_named_are_there(page):
     assert [name for name in named if page != "CHANGELOG.md" and not (ROOT / name).exists()] == []
 
 
+def test_the_support_table_has_no_empty_field():
+    table = prose("docs/versions.md").split("\n\n")[1]
+    rows = [line.strip("|").split("|") for line in table.splitlines()]
+    header, _, *versions = [[field.strip() for field in row] for row in rows]
+    assert len(versions) == 4 and len(header) == 5
+    for version, *fields in versions:
+        unproved = [field for field in fields if "`tests/" not in field]
+        assert set(unproved) <= {"not yet shown"}, version
+
+
 def test_every_page_of_the_docs_is_reached_from_readme_and_index():
     pages = {Path(page).name for page in PAGES if page.startswith("docs/")} - {"README.md"}
     assert {Path(link).name for link in _LINK.findall(prose("docs/README.md"))} == pages

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from megatron_laep.mcore.versions import SUPPORTED
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
 CONFIGS = sorted((ROOT / "configs").glob("*.args"))
@@ -113,13 +115,16 @@ def test_each_extra_contains_those_that_it_names():
     assert "megatron-laep" not in names(sorted(dev))
 
 
-def test_supported_megatron_is_0_19():
+def test_supported_megatron():
     (requirement,) = [
         Requirement(text) for text in requirements()["train"] if text.startswith("megatron-core")
     ]
     assert requirement.extras == {"training"}
-    accepted = [v for v in ("0.18.5", "0.19.0", "0.19.2", "0.20.0") if v in requirement.specifier]
-    assert accepted == ["0.19.0", "0.19.2"]
+    versions = ("0.17.1", "0.18.2", "0.19.0", "0.19.2", "0.20.0")
+    accepted = [version for version in versions if version in requirement.specifier]
+    assert accepted == ["0.18.2", "0.19.0", "0.19.2"]
+    # The sentences of refusals say the same.
+    assert str(Requirement(SUPPORTED).specifier) == str(requirement.specifier)
 
 
 def test_a_wheel_holds_what_the_package_needs(tmp_path):
@@ -372,7 +377,7 @@ def test_gaps_in_an_environment_of_ones_own_are_listed_and_nothing_is_installed(
 
 def test_check_environment_tells_what_is_missing_or_too_old():
     find_gaps = runpy.run_path(str(ROOT / "scripts/check_environment.py"))["find_gaps"]
-    assert find_gaps("megatron-core[training]>=0.19,<0.20") == []
+    assert find_gaps("megatron-core[training]>=0.18.2,<0.20") == []
     assert find_gaps("packaging>=1") == []
     assert find_gaps("no-such-distribution-anywhere") == [
         "no-such-distribution-anywhere: not installed"

@@ -26,6 +26,8 @@ from megatron_laep.checks import Refusal
 
 logger = logging.getLogger(__name__)
 
+_WANTED = "megatron-core>=0.18.2,<0.20"
+
 _CPU = torch.device("cpu")
 
 # What is replaced here has types of its own, which the replacements do not keep to.
@@ -437,7 +439,7 @@ def patch_megatron() -> None:
 
     Raises:
         ValueError: Megatron, or psutil, is not installed; or a symbol is not where Megatron-Core
-            0.19 has it.
+            0.18 and newer have it.
     """
     try:
         import psutil  # noqa: F401
@@ -455,7 +457,7 @@ def patch_megatron() -> None:
     except ImportError as error:
         raise Refusal(
             f"megatron_laep.cpu.enable(): Megatron-Core cannot be imported ({error}): "
-            "pip install 'megatron-core>=0.19,<0.20'"
+            f"pip install '{_WANTED}'"
         ) from error
     from megatron_laep.cpu import norm
     from megatron_laep.cpu.fused_adam import FusedAdam
@@ -481,8 +483,7 @@ def _replace(module: Any, name: str, value: Any) -> None:
     """Set ``module.name``, which must exist: a symbol that has moved must not go unnoticed."""
     if not hasattr(module, name):
         raise Refusal(
-            f"megatron_laep.cpu.enable(): {module.__name__} has no {name!r}, which Megatron-Core "
-            "0.19 has: "
-            "install megatron-core>=0.19,<0.20"
+            f"megatron_laep.cpu.enable(): {module.__name__} has no {name!r}, which {_WANTED} "
+            "has: install such a version"
         )
     setattr(module, name, value)

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_laep import events
 from megatron_laep.checks import Refusal
 from megatron_laep.loop import resumption
-from megatron_laep.mcore import arguments, checkpoint, refusals, symbols
+from megatron_laep.mcore import arguments, checkpoint, refusals, symbols, versions
 from megatron_laep.mcore.checkpoint import PENDING, Record
 from megatron_laep.mcore.moe_layer import find_layers
 from megatron_laep.mcore.refusals import Complaint
@@ -95,6 +95,11 @@ class Start:
             Refusal: the job cannot be pruned, or not go on from the checkpoint, as its flags say:
                 everything that is in the way.
         """
+        if self.active and not versions.check_known(try_any=self.config.try_any_megatron):
+            events.warn(
+                f"megatron-core {versions.megatron_version()} is tried because of "
+                f"--laep-try-any-megatron; megatron_laep was shown to work with {versions.SHOWN}."
+            )
         start, complaints = self.examined(args)
         refusals.refuse(
             [

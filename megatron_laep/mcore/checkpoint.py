@@ -35,7 +35,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laep.checks import Refusal, whole_number
-from megatron_laep.mcore import record_entry, symbols
+from megatron_laep.mcore import record_entry, symbols, versions
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_state import (
     adapt_common_state,
@@ -79,7 +79,7 @@ class Writer:
         given = dataclasses.asdict(config)
         return Writer(
             megatron_laep=__version__,
-            megatron_core=symbols.megatron_version(),
+            megatron_core=versions.megatron_version(),
             torch=str(torch.__version__),  # a class of its own, which not every loader opens
             settings={
                 name: list(value) if isinstance(value, tuple) else value

@@ -9,7 +9,6 @@ through ``argument`` and ``looked_up``.
 import dis
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import sys
 from argparse import Namespace
@@ -26,13 +25,10 @@ from megatron_laep.mcore.argument_table import (
     VALIDATED,
 )
 from megatron_laep.mcore.symbol_table import SYMBOLS, Symbol
+from megatron_laep.mcore.versions import INSTALL, megatron_version, refuse_old
 
 MISSING = "is missing"
 NO_IMPORT = "cannot be imported"
-_SUPPORTED = (
-    "supported is megatron-core >=0.19,<0.20 with megatron.training: install such a version, or run "
-    "the script without '-m megatron_laep'"
-)
 
 
 @functools.cache
@@ -40,9 +36,10 @@ def check_megatron() -> None:
     """Probes every symbol that a job needs; after the first time that all are there, does nothing.
 
     Raises:
-        Refusal: symbols are missing, or differ from what this package was written for; on every
-            rank alike.
+        Refusal: Megatron is too old; symbols are missing, or differ from what this package was
+            written for; on every rank alike.
     """
+    refuse_old()
     _refuse(missing_symbols(symbol for symbol in SYMBOLS if not symbol.probed_by))
 
 
@@ -152,7 +149,7 @@ def _refuse(missing: list[str]) -> None:
     if missing:
         raise Refusal(
             f"megatron-core {megatron_version()} lacks what megatron_laep needs: "
-            f"{'; '.join(missing)}; {_SUPPORTED}"
+            f"{'; '.join(missing)}; {INSTALL}"
         )
 
 
@@ -216,15 +213,3 @@ def _words_of(function: Any) -> set[str]:
         found |= {constant for constant in code.co_consts if isinstance(constant, str)}
         pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return found
-
-
-def megatron_version() -> str:
-    """Of the Megatron that is imported, else of the installed one: to import it takes seconds."""
-    imported = sys.modules.get("megatron.core")
-    if imported is not None:
-        # Without the commit that Megatron adds: that of the repository that the job was started in.
-        return imported.__version__.partition("+")[0]
-    try:
-        return importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from megatron_laep.checks import Refusal
-from megatron_laep.mcore import sgd_state, symbols
+from megatron_laep.mcore import sgd_state, versions
 from megatron_laep.mcore.hooks import Hook
 from megatron_laep.mcore.optimizer_state import ranges_without_padding
 
@@ -98,7 +98,10 @@ class Findings:
     @property
     def fields(self) -> dict[str, str]:
         """For the log line at the start of a job."""
-        found = {"active": ",".join(self.present) or "none", "megatron": symbols.megatron_version()}
+        found = {
+            "active": ",".join(self.present) or "none",
+            "megatron": versions.megatron_version(),
+        }
         return found | ({"cannot_tell": ",".join(self.unknown)} if self.unknown else {})
 
     def check(self, args: Namespace, *, prunes: bool) -> None:
@@ -115,7 +118,7 @@ class Findings:
             if bug.name in self.unknown and args.save and bug.at_stake(args, prunes):
                 raise Refusal(
                     f"{bug.flag}: whether {bug.effect} cannot be found out with megatron-core "
-                    f"{symbols.megatron_version()} ({self.unknown[bug.name]}), so this job "
+                    f"{versions.megatron_version()} ({self.unknown[bug.name]}), so this job "
                     f"might write checkpoints that are of no use; {bug.remedy}"
                 )
 

@@ -108,6 +108,11 @@ class LaepConfig:
         metavar="I",
         type=int,
     )
+    try_any_megatron: bool = setting(
+        False,
+        "Go on with a Megatron-Core that is newer than those that this package was tested with "
+        "(default: refuse it).",
+    )
     stability_rank_correlation: float = _threshold("rank_correlation")
     stability_churn: float = _threshold("churn")
     stability_load_change: float = _threshold("load_change")
@@ -239,7 +244,8 @@ class LaepConfig:
         """
         defaults = LaepConfig()
         for item in fields(self):
-            if item.name == "record_interval":  # also for jobs that will not prune
+            # Those have a use in jobs that will not prune, too.
+            if item.name in ("record_interval", "try_any_megatron"):
                 continue
             if getattr(self, item.name) != getattr(defaults, item.name):
                 raise Refusal(

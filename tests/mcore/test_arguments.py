@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.forks import in_megatron
-from tests.support.jobs import UNSUPPORTED, assert_complaint, job, parsed, ranks
-from tests.support.runs import tiny_arguments
+from tests.support.jobs import UNSUPPORTED, assert_complaint, job, parsed, ranks, skip_without
+from tests.support.runs import REPOSITORY, tiny_arguments
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.args"))
+
 
 # -- what is asked of the flags --------------------------------------------------------------------
 
@@ -226,6 +229,7 @@ REFUSED = UNSUPPORTED | NOT_WHILE_PRUNING | ONLY_IN_A_RELAUNCH
 
 @pytest.mark.parametrize("flags, wanted", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_pruned_is_refused(tmp_path, flags, wanted):
+    skip_without(flags)
     outcome = in_megatron(parsed, job(tmp_path, **flags))
     assert_complaint(outcome, *wanted, "is not supported together with --laep-prune-iteration: ")
 
@@ -246,6 +250,7 @@ ANY_ROUTING = {
 @pytest.mark.parametrize("flags", ANY_ROUTING.values(), ids=ANY_ROUTING)
 def test_how_tokens_are_routed_does_not_matter(tmp_path, flags):
     """`tests/oracles/test_routing.py` runs such jobs."""
+    skip_without(flags)
     uneven = {"expert_model_parallel_size": 2, "laep_expert_multiple": 1}
     in_megatron(parsed, job(tmp_path, **flags, **uneven), env=ranks(2)).result()
 
@@ -311,6 +316,7 @@ def test_fsdp_is_refused(tmp_path):
 
 def test_finely_split_weights_are_refused(tmp_path):
     flags = {"tensor_parallel_num_weight_shards": 2}
+    skip_without(flags)
     outcome = in_megatron(parsed, job(tmp_path, **flags), env=ranks(2))
     assert_complaint(outcome, "--tensor-parallel-num-weight-shards", "is not supported")
 

@@ -293,12 +293,17 @@ def test_training_goes_on_exactly_with_the_other_nesting(kind):
     in_megatron(carry_over, kind).result()
 
 
-@pytest.mark.parametrize(
-    "kind, error", [("fp32", "ValueError"), ("bf16", "ValueError"), ("distributed", "KeyError")]
-)
-def test_megatron_alone_does_not_load_the_other_nesting(kind, error):
+ERRORS = {
+    "fp32": ("ValueError", "KeyError"),  # the second in 0.18
+    "bf16": ("ValueError", "KeyError"),
+    "distributed": ("KeyError",),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_megatron_alone_does_not_load_the_other_nesting(kind):
     """If it did, optimizer_state would be superfluous."""
-    assert in_megatron(load_without_help, kind).error == error
+    assert in_megatron(load_without_help, kind).error in ERRORS[kind]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.forks import in_megatron, on_ranks
+from tests.support.jobs import skip_without
 
 HIDDEN, FFN = 6, 4
 
@@ -429,6 +430,8 @@ def test_flex_layers_have_equally_many_slots():
 @pytest.mark.parametrize(("experts_per_rank", "slots"), [((3, 1), 3), ((0, 4), 6), ((2, 2), 5)])
 def test_flex_metadata_names_the_slots_of_the_chosen_experts(backend, experts_per_rank, slots):
     """The kernels themselves need a GPU: this is as far as they can be tried here."""
+    if backend == "ncclep":
+        skip_without({"moe_ncclep_zero_copy": True})
     first = experts_per_rank[0]
     for outcome in on_ranks(2, flex_metadata, backend, experts_per_rank, slots):
         for found, weights, chosen, probs in outcome.result():

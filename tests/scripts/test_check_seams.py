@@ -15,7 +15,8 @@ import pytest
 from tests.support.runs import REPOSITORY
 
 SCRIPT = REPOSITORY / "scripts" / "check_seams.py"
-(MEGATRON,) = importlib.util.find_spec("megatron").submodule_search_locations
+# A namespace package may lie in several folders; the first is the one that is imported.
+MEGATRON, *_ = importlib.util.find_spec("megatron").submodule_search_locations
 
 
 def check(tree: Path) -> tuple[int, str]:

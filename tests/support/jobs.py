@@ -4,13 +4,17 @@ Shared by the tests of ``arguments``. The checks run in processes that have Mega
 (``forks``), up to where a script would build its model.
 """
 
+import functools
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 from megatron_laep.plan.expert_map import ExpertMap
 from tests.support import maps
-from tests.support.forks import Outcome
+from tests.support.forks import Outcome, in_megatron
 from tests.support.runs import tiny_arguments
 
 LAYERS = (1, 2, 3, 4)
@@ -44,6 +48,34 @@ def job(tmp_path: Path, **flags: object) -> list[str]:
     """A job of 20 iterations that prunes after 10; `flags` on top, None takes one away."""
     defaults = {"save": tmp_path / "save", "save_interval": 1000, "laep_prune_iteration": 10}
     return tiny_arguments(**(defaults | flags))
+
+
+def flags_of_megatron() -> set[str]:
+    """Runs where Megatron is."""
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+_known = functools.cache(lambda: in_megatron(flags_of_megatron).result())
+
+
+def lacking(flags: Mapping[str, object]) -> list[str]:
+    """Which of a job's flags the supported Megatron that the tests run on does not have."""
+    names = [name for name in flags if not name.startswith("laep_")]
+    if "quantile_balancing" in str(flags.get("moe_router_load_balancing_type")):
+        names.append("moe_router_quantile_balancing_ema")  # came with it
+    wanted = ["--" + name.replace("_", "-") for name in names]
+    return [flag for flag in wanted if flag not in _known()]
+
+
+def skip_without(flags: Mapping[str, object]) -> None:
+    """Skips the test of a job that this Megatron does not know."""
+    if lacking(flags):
+        pytest.skip(f"this Megatron has no {', '.join(lacking(flags))}")
 
 
 def ranks(number: int) -> dict[str, str]:

@@ -51,7 +51,8 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
         (MultiTokenPredictionLayer, "__init__"),
         (training, "train_step"),
     )
-    stock = [getattr(owner, name) for owner, name in seams]
+    # Megatron 0.18 has no quantile balancing, and nothing to mask there.
+    stock = [getattr(owner, name, None) for owner, name in seams]
     gating, qb_dual_update, update_qb_beta, update_expert_bias, get_capacity, *_ = stock
     init_mtp, train_step = stock[-2:]
     routing = None  # the router that has run last: its tokens are sent before another one runs
@@ -121,8 +122,9 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
         return get_capacity(num_tokens, len(kept(routing)), *more, **named)
 
     def put(functions) -> None:
-        for (owner, name), function in zip(seams, functions, strict=True):
-            setattr(owner, name, function)
+        for (owner, name), before, function in zip(seams, stock, functions, strict=True):
+            if before is not None:
+                setattr(owner, name, function)
 
     put(
         (
