@@ -20,7 +20,7 @@ from megatron_laep.entry import enter
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.settings.config import LaepConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ExpertMap",
