@@ -64,12 +64,12 @@ if apply --check "${opposite[@]}" 2>/dev/null; then
     echo "apply_patch.sh: $tree $already ($patch): nothing was changed"
     exit 0
 fi
+differs=$(apply --check "${direction[@]}" 2>&1) ||
+    fail "$tree differs from what $patch is for; nothing was changed:"$'\n'"$differs"
 if [ -z "$reverse" ]; then
     lacks=$("${PYTHON:-python3}" "$repository/scripts/check_seams.py" "$tree" 2>&1) ||
         fail "$tree lacks what megatron_laep needs; nothing was changed:"$'\n'"$lacks"
 fi
-differs=$(apply --check "${direction[@]}" 2>&1) ||
-    fail "$tree differs from what $patch is for; nothing was changed:"$'\n'"$differs"
 apply "${direction[@]}"
 echo "apply_patch.sh: $tree: $patch $done ${files[*]#--include=}"
 if [ -z "$reverse" ] && [ ${#files[@]} = 1 ]; then

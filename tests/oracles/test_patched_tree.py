@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laep import ExpertMap
+from megatron_laep import ExpertMap, enter
+from megatron_laep.entry import REFUSED
 from tests.oracles.test_permutation import assert_same_run
 from tests.support import maps
 from tests.support.forks import in_megatron
@@ -151,6 +152,17 @@ def test_a_script_that_is_not_patched_is_told_how_to_prune(tree, tmp_path):
     )
     assert outcome.error == "Refusal", outcome.output[-3000:]
     assert "--laep-exit-after-prune" in outcome.message
+
+
+def test_a_refused_job_ends_as_under_the_launcher(tree):
+    words = tiny_arguments(laep_alpha=0.3)
+    outcome = in_megatron(hooks_of_a_job, str(tree.script), words, False, path=str(tree.folder))
+    assert (outcome.error, outcome.message) == ("SystemExit", str(REFUSED))
+    assert outcome.output.startswith("megatron_laep: --laep-alpha is given without --laep-prune-")
+
+
+def test_a_script_that_is_imported_is_not_run(tree):
+    enter("__mp_main__", str(tree.script))  # as multiprocessing imports it
 
 
 @pytest.mark.long
