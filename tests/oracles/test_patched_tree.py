@@ -5,6 +5,7 @@ The Megatron is the one that the tests run on, copied and patched; ``scripts/tes
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ from tests.oracles.test_permutation import assert_same_run
 from tests.support import maps
 from tests.support.forks import in_megatron
 from tests.support.patched_tree import PATCHES, added_lines, apply_patch, copy_tree, script_of
-from tests.support.runs import LAEP, ON_CPU, SUPPORT, RunResult, run_megatron, tiny_arguments
+from tests.support.runs import (
+    LAEP,
+    ON_CPU,
+    REPOSITORY,
+    SUPPORT,
+    RunResult,
+    run_megatron,
+    tiny_arguments,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.equality]
 
@@ -181,7 +190,10 @@ def test_permuted_without_the_launcher(tree, tmp_path):
             save_interval=1000,
             laep_prune_iteration=PRUNE,
             laep_plan=plan,
-        )
+        ),
+        # New processes: the CPU platform, too, comes with the patch's lines.
+        fresh=True,
+        env={"PYTHONPATH": f"{tree.folder}{os.pathsep}{REPOSITORY}"},
     )
     assert "laep event=load_through_map" in permuted.output
     assert_same_run(permuted, stock, prune=PRUNE)
