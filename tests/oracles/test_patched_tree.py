@@ -80,12 +80,7 @@ def test_pruned_killed_and_continued_without_the_launcher(tree, tmp_path):
     # The model is rebuilt inside the job after iteration 3; the job dies behind the save of iteration 6.
     killed = tree.run(
         pruning_job(tmp_path / "plain"),
-        launcher=(str(SUPPORT / "faults.py"),),
-        env={
-            "CRASH_AT": "after the first ordinary save",
-            "CRASH_ITERATION": str(SAVED),
-            "CRASH_WITHOUT_LAUNCHER": "1",
-        },
+        launcher=(str(SUPPORT / "killed_after_save.py"), str(SAVED)),
         check=False,
     )
     assert killed.returncodes == [-9, -9], killed.tail()

@@ -1,13 +1,11 @@
 """The launcher, with a kill -9 of this rank at a chosen point: python tests/support/faults.py SCRIPT ARGS.
 
-CRASH_AT names the point; every rank kills itself when it gets there, and `run_megatron` kills whoever is left. With
-CRASH_WITHOUT_LAUNCHER the script is run as `python SCRIPT` would.
+CRASH_AT names the point; every rank kills itself when it gets there, and `run_megatron` kills whoever is left.
 """
 
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import sys
 
@@ -79,9 +77,5 @@ if __name__ == "__main__":
     point = os.environ["CRASH_AT"]
     save = point == "after the first ordinary save"
     arrange(point, int(os.environ["CRASH_ITERATION"]) if save else None)
-    if os.environ.get("CRASH_WITHOUT_LAUNCHER"):
-        sys.argv = sys.argv[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    else:
-        sys.argv[0] = "megatron_laep"
-        main()
+    sys.argv[0] = "megatron_laep"
+    main()
