@@ -29,9 +29,6 @@ def main() -> None:
         print(_USAGE, end="")
         sys.exit(0 if len(sys.argv) >= 2 else 2)
     script = sys.argv[1]
-    if not os.path.isfile(script):
-        print(f"megatron_laep: the script {script} does not exist", file=sys.stderr)
-        sys.exit(2)
     # As 'python SCRIPT' would have it: the script's own name and folder.
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))

@@ -64,6 +64,8 @@ def launch(script: str) -> None:
 
 
 def _run(script: str) -> None:
+    if not os.path.isfile(script):
+        raise Refusal(f"the script {script} does not exist")
     # Looked up here, not in the platform's package, so that a GPU run does not even import it.
     if os.environ.get("MEGATRON_LAEP_PLATFORM", "") not in ("", "gpu"):
         from megatron_laep import cpu

@@ -19,7 +19,7 @@ import pytest
 import megatron_laep
 from megatron_laep.plan import expert_map
 from megatron_laep.records import load_format, pruning_loads
-from tests.support.runs import PRETRAIN_GPT, tiny_arguments
+from tests.support.runs import PRETRAIN_GPT, _free_port, tiny_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "tests" / "data" / "job_pruned_at_6"
@@ -165,6 +165,11 @@ def test_the_wheel_beside_megatron_prunes(built, tmp_path):
         *(binaries / "python", "-m", "megatron_laep", PRETRAIN_GPT, *words),
         cwd=tmp_path,
         timeout=240,
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(_free_port()),
         MEGATRON_LAEP_PLATFORM="cpu",
         CUDA_DEVICE_MAX_CONNECTIONS="1",
         OMP_NUM_THREADS="1",
