@@ -9,7 +9,7 @@
 #
 # The default tag is the one that Megatron-Core 0.19 is tested on upstream.
 ARG NVIDIA_PYTORCH_TAG=26.06-py3
-FROM nvcr.io/nvidia/pytorch:${NVIDIA_PYTORCH_TAG}
+FROM nvcr.io/nvidia/pytorch:${NVIDIA_PYTORCH_TAG} AS base
 
 ARG MEGATRON_CORE_VERSION=0.19.2
 
@@ -36,9 +36,20 @@ RUN pip install --no-cache-dir --constraint /tmp/pinned.txt \
 pinned = open('/tmp/pinned.txt').read().split(); \
 assert 'torch==' + version('torch') in pinned, 'the torch of the image was replaced'"
 
-WORKDIR /workspace/megatron_laep
+# The wheel, as a release has it.
+FROM base AS wheel
+WORKDIR /source
 COPY . .
 # --no-build-isolation: the image's setuptools will do, and the build needs no registry.
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
-    && python scripts/check_environment.py train \
-    && python -c "import megatron_laep"
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+
+FROM base
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir --no-deps --no-index /wheels/*.whl
+# Scripts, jobs and patches; not the sources of the package, which would be found before the wheel.
+WORKDIR /workspace/megatron_laep
+COPY pyproject.toml README.md ./
+COPY configs configs
+COPY patches patches
+COPY scripts scripts
+RUN python scripts/check_environment.py train && python -c "import megatron_laep"

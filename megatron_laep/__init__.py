@@ -11,22 +11,34 @@ The folders, from those that need nothing to those that run the job; none import
 * ``simulate``, ``tools``: the cost model, and the ``laep`` command; offline.
 * ``cpu``: lets stock Megatron train on gloo processes without a GPU; never imported on a GPU run.
 
-``__main__`` is the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``.
+``__main__`` is the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``; ``entry`` does the same for
+scripts that call it.
 """
 
 from megatron_laep.checks import Refusal
+from megatron_laep.entry import enter
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.settings.config import LaepConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = ["ExpertMap", "LaepConfig", "LayerMap", "Refusal", "install", "run", "uninstall"]
+__all__ = [
+    "ExpertMap",
+    "LaepConfig",
+    "LayerMap",
+    "Refusal",
+    "enter",
+    "install",
+    "install_once",
+    "run",
+    "uninstall",
+]
 
 
 def __getattr__(name: str):
-    # install, uninstall and run pull in torch and Megatron; the planning tools need neither, and the
+    # These pull in torch and Megatron; the planning tools need neither, and the
     # CPU platform has to come before Megatron. So they are looked up only when somebody asks.
-    if name in ("install", "run", "uninstall"):
+    if name in ("install", "install_once", "run", "uninstall"):
         from megatron_laep.mcore import symbols
 
         # Before the import of modules that import Megatron's names: a Megatron that lacks some is

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laep.__main__ import REFUSED
+from megatron_laep.entry import REFUSED
 from tests.support.jobs import job
 from tests.support.runs import LAEP, PRETRAIN_GPT, REPOSITORY, run_megatron
 
@@ -77,7 +77,7 @@ def test_refused_without_torchrun(tmp_path):
 SCRIPT = """
 import os, time
 import torch.distributed as dist
-from megatron_laep.__main__ import end_refused
+from megatron_laep.entry import end_refused
 rank = int(os.environ["RANK"])
 """
 

@@ -52,6 +52,16 @@ def install(config: LaepConfig | None = None) -> None:
     events.show_on_console()
 
 
+def install_once() -> None:
+    """As ``install()``, unless the hooks are in: what a patched Megatron calls before it parses.
+
+    Raises:
+        Refusal: Megatron lacks symbols that are needed.
+    """
+    if not session.hooks.installed:
+        install()
+
+
 def uninstall() -> None:
     """Takes the hooks out again. Models that were built meanwhile keep their layers."""
     session.hooks.undo()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laep import LaepConfig
-from megatron_laep.__main__ import REFUSED
+from megatron_laep.entry import REFUSED
 from tests.support.forks import in_megatron
 from tests.support.runs import (
     LAEP,

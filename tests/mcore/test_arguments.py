@@ -8,9 +8,7 @@ import pytest
 
 from tests.support.forks import in_megatron
 from tests.support.jobs import UNSUPPORTED, assert_complaint, job, parsed, ranks, skip_without
-from tests.support.runs import REPOSITORY, tiny_arguments
-
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.args"))
+from tests.support.runs import tiny_arguments
 
 
 # -- what is asked of the flags --------------------------------------------------------------------
