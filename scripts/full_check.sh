@@ -13,7 +13,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$REPOSITORY"
 
-STEPS=(lint tests long arithmetics overhead uneven published quickstart)
+STEPS=(lint tests long arithmetics crashes overhead uneven published quickstart)
 
 words_of() {
     case $1 in
@@ -21,6 +21,7 @@ words_of() {
         tests) echo "scripts/test.sh" ;;
         long) echo "scripts/test.sh -m long" ;;
         arithmetics) echo "scripts/check_arithmetics.sh --long" ;;
+        crashes) echo "$VENV_PYTHON scripts/crash_matrix.py" ;;
         overhead) echo "$VENV_PYTHON scripts/bench_overhead.py" ;;
         uneven) echo "$VENV_PYTHON scripts/bench_uneven.py" ;;
         published) echo "$VENV_PYTHON scripts/simulate_published.py" ;;

@@ -2,7 +2,7 @@
 
 ``find`` looks for the checkpoint and its map while Megatron's arguments are still as they were
 given, ``checked`` holds the validated ones against it. Both are local, and the same on all ranks;
-that they are is made sure of by ``agree``, as soon as the ranks can speak to each other.
+that they are is made sure of by ``agreement``, as soon as the ranks can speak to each other.
 """
 
 import contextlib
@@ -105,23 +105,6 @@ class Start:
             arguments.check_model(self.record, args, self.source)
         return start
 
-    def agree(self) -> None:
-        """Every rank must follow the same map in the same state. A collective.
-
-        Raises:
-            ValueError: on all ranks, if the ranks read different records.
-        """
-        state = self.record.map_state if self.record is not None else None
-        mine = (str(self.source), self.lineage.hashes, state)
-        found: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, mine)
-        if len(set(found)) > 1:
-            differing = next(rank for rank, other in enumerate(found) if other != found[0])
-            raise Refusal(
-                f"rank 0 found (checkpoint, maps, state) {found[0]}, rank {differing} found "
-                f"{found[differing]}; --load and --save must show the same files on every node"
-            )
-
     @contextlib.contextmanager
     def loading(self, model: list[torch.nn.Module], args: Namespace) -> Iterator[None]:
         """Around Megatron's load_checkpoint. A collective if the map is pending."""
@@ -134,6 +117,12 @@ class Start:
                     events.timed("load_through_map", checkpoint=self.source, map=step.short_hash)
                 )
             yield
+
+    def is_from(self, checkpoint: str, iteration: int) -> bool:
+        """Whether the model that has just been loaded is what that folder holds."""
+        if self.source is None or self.record is None or self.record.iteration != iteration:
+            return False
+        return os.path.realpath(self.source) == os.path.realpath(checkpoint)
 
     def check_loaded(self, iteration: int) -> None:
         """The checkpoint that Megatron loaded must be the one whose map the model was built for."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.counted_job import run_script
+from tests.support.failures import Failure
 from tests.support.forks import Outcome
 
 Losses = dict[int, tuple[str, str]]
@@ -21,25 +22,25 @@ Losses = dict[int, tuple[str, str]]
 
 def exact_job(
     arguments: list[str],
-    kill_at: tuple[str, int] | None = None,
     masks: Sequence[str] = (),
+    failure: Failure | None = None,
 ) -> Losses:
     """Runs the GPT script under megatron_laep on this rank, to its end; the losses that it knows.
 
-    kill_at: a point of `faults.py`, and the iteration there; every rank gets there, and dies.
+    failure: what is to happen on the way.
     masks: files of maps whose pruned experts are masked (`masked.py`); without LAEP, then.
     """
     from megatron.training import training
 
     import megatron_laep
-    from tests.support import exact_log, faults, fixed_order, masked
+    from tests.support import exact_log, fixed_order, masked
 
     path = Path(os.environ["IN_MEGATRON_SCRATCH"]) / f"exact{os.environ['RANK']}.jsonl"
     os.environ["EXACT_LOG"] = str(path)
     exact_log.wrap(training)
     fixed_order.install()
-    if kill_at is not None:
-        faults.arrange(*kill_at)
+    if failure is not None:
+        os.environ.update(failure.environment())
     if masks:
         masked.mask_routers(*masks)
     else:
