@@ -1,11 +1,12 @@
 """Ranks that do not see the same job stop before anything is written, and the sentence names them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.support.forks import Outcome, on_ranks
+from tests.support.forks import Outcome, in_megatron, on_ranks
 from tests.support.runs import tiny_arguments
 
 RANKS = 3
@@ -38,6 +39,7 @@ def flags(folder: Path, **more) -> list[str]:
         **{
             "save": folder / "save",
             "load": folder / "save",
+            "save_interval": 1000,
             "laep_prune_iteration": 10,
             "global_batch_size": 6,
             "distributed_timeout_minutes": 1,
@@ -102,10 +104,15 @@ def test_the_same_job_goes_on(tmp_path):
         assert outcome.message == "groups were made", outcome.output[-3000:]
 
 
-def test_another_checkpoint(tmp_path):
+def differences_of_checkpoints() -> dict[str, tuple[str, str]]:
     from megatron_laep.loop.agreement import View
 
     here = View({"checkpoint": "a/iter_0000004", "maps": "none"}, {"seed": "1"}, {"torch": "2"})
     there = View({"checkpoint": "None", "maps": "none"}, {"seed": "1"}, {"torch": "2"})
-    assert here.differences(there) == {"checkpoint": ("a/iter_0000004", "None")}
-    assert View(**json.loads(json.dumps(here.__dict__))) == here
+    assert View(**json.loads(json.dumps(dataclasses.asdict(here)))) == here, "what is sent"
+    return here.differences(there)
+
+
+def test_another_checkpoint():
+    found = in_megatron(differences_of_checkpoints).result()
+    assert found == {"checkpoint": ("a/iter_0000004", "None")}
