@@ -42,8 +42,8 @@ ACTIONS = ("raise", "kill", "terminate", "hang", "wait", "stop", *ON_DISK)
 IS_THERE, WAITS_FOR = "LAEP_TEST_IS_THERE", "LAEP_TEST_WAITS_FOR"
 """Variables of the action "wait": a file that it makes, and the one that it waits for."""
 
-SLOW = 0.02
-"""Seconds that each write takes on a slow disk."""
+SLOW, SLOW_WRITES = 0.15, 40
+"""Seconds that a write takes on a slow disk, and how many of a process do; the others are fast."""
 
 
 class Injected(RuntimeError):
@@ -140,13 +140,19 @@ def _spoil_disk(action: str) -> None:
 class _BadFile:
     """A file whose writes fail, the first one half-way; or are slow."""
 
+    slow_writes = 0  # of the process
+
     def __init__(self, stream: Any, error: int | None) -> None:
         self._stream, self._error = stream, error
 
     def write(self, data: Any) -> int:
         if self._error is None:
-            time.sleep(SLOW)
-            return self._stream.write(data)
+            written = self._stream.write(data)
+            if _BadFile.slow_writes < SLOW_WRITES:
+                _BadFile.slow_writes += 1
+                self._stream.flush()
+                time.sleep(SLOW)
+            return written
         self._stream.write(data[: len(data) // 2])
         self._stream.flush()
         raise OSError(self._error, os.strerror(self._error), self._stream.name)
