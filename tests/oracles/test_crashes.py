@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.exact_job import exact_job, exact_losses
 from tests.support.failures import Failure
-from tests.support.lives import CONFIGURATIONS, Cell, Life, cells
+from tests.support.forks import on_ranks
+from tests.support.lives import CONFIGURATIONS, TRACKER, Cell, Life, cells
 
 pytestmark = pytest.mark.equality
 
@@ -43,14 +45,58 @@ def test_the_same_command_goes_on(life, tmp_path, names, resumed_after):
     assert fate.resumed_after == resumed_after
 
 
-def complete(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob("iter_*/metadata.json"))
+def test_sigterm_during_the_rebuild_is_not_lost(life, tmp_path):
+    """With --exit-signal-handler: the rebuilt model's job saves and ends after its first iteration."""
+    command = life.command(tmp_path / "job", exit_signal_handler=True)
+    failure = Failure("torn down", "terminate", rank=1, iteration=PRUNE)
+    losses = exact_losses(on_ranks(2, exact_job, command, failure=failure))
+    assert losses == {i: life.losses[i] for i in range(1, PRUNE + 2)}
+    assert (tmp_path / "job" / TRACKER).read_text() == str(PRUNE + 1)
 
 
-def test_half_a_checkpoint_over_a_whole_one_is_no_checkpoint(life, tmp_path):
-    """It was complete, but for the tracker file, and is written again: killed there, it is half of each."""
-    folder = tmp_path / "job"
-    life.fail(folder, cell("saved but not committed: kill, all"))
+def times(checkpoint: Path) -> list[int]:
+    return [path.stat().st_mtime_ns for path in sorted(checkpoint.iterdir())]
+
+
+def test_a_job_that_has_ended_does_not_write_its_last_checkpoint_again(life):
+    last = life.whole / f"iter_{life.last:07d}"
+    before = times(last)
+    outcomes = on_ranks(2, exact_job, life.command(life.whole))
+    assert exact_losses(outcomes) == {}
+    assert f"event=already_saved iteration={life.last} checkpoint={last}" in outcomes[0].output
+    assert times(last) == before
+
+
+def saves(folder: str) -> tuple[list[str], str]:
+    """Two saves of another rank's job: one over a whole checkpoint, and one by who lost the folder."""
+    import torch
+
+    from megatron_laep.loop.one_writer import COMPLETE, OneWriter
+
+    checkpoint = Path(folder) / "iter_0000006"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / COMPLETE).touch()
+    torch.distributed.barrier()
+    writer = OneWriter(Path(folder) / "laep")
+    writer.before_save(6, checkpoint)
+    left = [path.name for path in checkpoint.iterdir()]
+    torch.distributed.barrier()
+    (checkpoint / COMPLETE).touch()
+    OneWriter(Path(folder) / "laep")
+    try:
+        writer.before_save(8, checkpoint)
+    except ValueError as refusal:
+        return left, str(refusal)
+    return left, ""
+
+
+def test_a_checkpoint_that_is_written_again_is_not_complete_until_it_is(tmp_path):
+    """Else half of each would be taken for a whole; and who lost the folder takes nothing away."""
+    for outcome in on_ranks(2, saves, str(tmp_path)):
+        left, refusal = outcome.result()
+        assert left == []
+        assert "This one stops at iteration 8" in refusal
+    assert (tmp_path / "iter_0000006" / "metadata.json").exists()
 
 
 def test_every_point_has_its_cells():
@@ -61,5 +107,3 @@ def test_every_point_has_its_cells():
         "loaded: terminate, rank 1",
     } <= names
     assert len(names) == len(cells("plain")) > 100
-    with pytest.raises(TypeError):
-        Failure("before save")

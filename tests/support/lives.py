@@ -167,10 +167,10 @@ class Life:
         self._base = folder / "start"
         first = self.command(self._base, exit_interval=self.job.start)
         self.losses = exact_losses(on_ranks(self.job.ranks, exact_job, first))
-        whole = folder / "whole"
-        shutil.copytree(self._base, whole)
-        self.losses |= exact_losses(on_ranks(self.job.ranks, exact_job, self.command(whole)))
-        self.checkpoints = in_megatron(checkpoint_states, str(whole)).result()
+        self.whole = folder / "whole"
+        shutil.copytree(self._base, self.whole)
+        self.losses |= exact_losses(on_ranks(self.job.ranks, exact_job, self.command(self.whole)))
+        self.checkpoints = in_megatron(checkpoint_states, str(self.whole)).result()
         self.last = max(self.losses)
 
     def command(self, folder: Path, **more: Any) -> list[str]:
