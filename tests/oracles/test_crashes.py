@@ -29,19 +29,22 @@ def cell(name: str) -> Cell:
     return found
 
 
-CHAINS = {
-    # names of cells: iteration of the checkpoint that the last start goes on from
-    ("before save: raise, rank 1", "first bytes: disk full, all"): 4,
-    ("saved but not committed: kill, all", "first bytes: kill, rank 1"): 4,
-    ("saved but not committed: kill, rank 1", "tracker emptied: kill, rank 0"): PRUNE,
-    ("committed: kill, all", "groups rebuilt: kill, all"): PRUNE,
-    ("ordinary save, first bytes: io error, rank 1", "first ordinary save: kill, all"): SAVE,
-}
+AGAIN = Cell("loaded, when it is started again", Failure("loaded", "kill"))
+CHAINS = [
+    # cells, and the iteration of the checkpoint that the last start goes on from
+    (["before save: raise, rank 1", "first bytes: disk full, all"], 4),
+    (["saved but not committed: kill, all", "first bytes: kill, rank 1"], 4),
+    (["tracker emptied: kill, rank 0", AGAIN], PRUNE),
+    (["groups rebuilt: kill, all"], PRUNE),
+    (["ordinary save, first bytes: io error, rank 1", "first ordinary save: kill, all"], SAVE),
+]
 
 
-@pytest.mark.parametrize(("names", "resumed_after"), CHAINS.items(), ids=" then ".join)
-def test_the_same_command_goes_on(life, tmp_path, names, resumed_after):
-    fate = life.fail(tmp_path / "job", *map(cell, names))
+@pytest.mark.parametrize(("chain", "resumed_after"), CHAINS)
+def test_the_same_command_goes_on(life, tmp_path, chain, resumed_after):
+    fate = life.fail(
+        tmp_path / "job", *(cell(one) if isinstance(one, str) else one for one in chain)
+    )
     assert fate.resumed_after == resumed_after
 
 
