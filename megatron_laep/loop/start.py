@@ -196,6 +196,14 @@ def _own_run(args: Namespace, config: LaepConfig, rebuilt: bool) -> Start | None
     with checkpoint.overridden(args, **({} if own_step else {"ckpt_step": None})):
         source = checkpoint.find_checkpoint(args.save, args)
         record = checkpoint.read_record(source)
+    tracked = source if source is not None and not (own_step and args.ckpt_step) else None
+    if record is None and tracked is not None and not any(tracked.glob("mp_rank_*")):
+        # Nor one file a rank, Megatron's format of old: it would start over, and write over the others.
+        raise Refusal(
+            f"{source}: the tracker file of --save names this checkpoint, and it is not complete (it has "
+            "no metadata.json): a job was stopped while it was written again. Write the iteration of the "
+            "newest complete checkpoint folder beside it into latest_checkpointed_iteration.txt"
+        )
     if record is None or not record.is_laep:
         return None
     wanted = dict(load=args.save, finetune=False, no_load_optim=False, no_load_rng=False)
