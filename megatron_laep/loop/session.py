@@ -116,7 +116,7 @@ class Session:
         config = self.start.config if self.start is not None else None
         if self.watch is None and self.writer is not None and config is not None:
             minutes = config.no_progress_minutes
-            if minutes:
+            if minutes and StallWatch.is_possible():
                 flag = f"--laep-no-progress-minutes {minutes:g}"
                 self.watch = StallWatch(60 * minutes, self.writer.folder.parent, flag)
 

@@ -26,6 +26,7 @@ from typing import NoReturn
 import torch
 from torch.distributed import distributed_c10d
 
+from megatron_laep import events
 from megatron_laep.failure_points import STEPS, position
 
 STALLED = 75
@@ -132,6 +133,16 @@ class StallWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="laep-stall-watch", daemon=True)
         self._thread.start()
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether the ranks' store can have a second connection: not in every torch, and not a fake one."""
+        try:
+            distributed_c10d._get_default_store().clone()
+        except (AttributeError, RuntimeError, NotImplementedError) as error:
+            events.log("no_stall_watch", reason=error)
+            return False
+        return True
 
     def stop(self) -> None:
         """The training is over; what follows takes the time that it takes."""
