@@ -8,7 +8,9 @@ Faster than `run_megatron`: Python, torch and Megatron are there already.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import queue
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +43,7 @@ def exact_job(
     fixed_order.install()
     if failure is not None:
         os.environ.update(failure.environment())
+        _own_write_results(in_another_process="--async-save" in arguments)
     if masks:
         masked.mask_routers(*masks)
     else:
@@ -48,6 +51,14 @@ def exact_job(
     run_script(arguments)
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {line["iteration"]: (line["losses"]["lm loss"], line["grad_norm"]) for line in lines}
+
+
+def _own_write_results(in_another_process: bool) -> None:
+    """A rank that fails may leave results of its writers, which the next job of these forks would take for its own."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    own = multiprocessing.get_context("fork").Queue() if in_another_process else queue.Queue()
+    filesystem_async._results_queue = own
 
 
 def exact_losses(outcomes: list[Outcome]) -> Losses:
