@@ -7,11 +7,13 @@ Faster than `run_megatron`: Python, torch and Megatron are there already.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
-import queue
+import signal
 from collections.abc import Sequence
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 from tests.support.counted_job import run_script
@@ -43,7 +45,7 @@ def exact_job(
     fixed_order.install()
     if failure is not None:
         os.environ.update(failure.environment())
-        _own_write_results(in_another_process="--async-save" in arguments)
+        _own_write_results()
     if masks:
         masked.mask_routers(*masks)
     else:
@@ -53,12 +55,22 @@ def exact_job(
     return {line["iteration"]: (line["losses"]["lm loss"], line["grad_norm"]) for line in lines}
 
 
-def _own_write_results(in_another_process: bool) -> None:
+def _own_write_results() -> None:
     """A rank that fails may leave results of its writers, which the next job of these forks would take for its own."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    own = multiprocessing.get_context("fork").Queue() if in_another_process else queue.Queue()
-    filesystem_async._results_queue = own
+    global _manager
+    _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    _manager.start(_end_with_parent)
+    filesystem_async._results_queue = _manager.Queue()
+
+
+_manager: SyncManager | None = None
+
+
+def _end_with_parent() -> None:
+    set_parent_death_signal = 1  # of linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def exact_losses(outcomes: list[Outcome]) -> Losses:

@@ -214,7 +214,10 @@ def _at_tracker(happen: Callable[[], None]) -> None:
     def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         stream = original(file, mode, *args, **kwargs)
         if "w" in mode and str(file).endswith("latest_checkpointed_iteration.txt"):
+            io.open = builtins.open = original
             happen()
+            if io.open is not original:  # the disk is bad from here on
+                return io.open(file, mode, *args, **kwargs)
         return stream
 
     io.open = builtins.open = opened
