@@ -90,7 +90,10 @@ def on_step(step: str, iteration: int | None) -> None:
     if step == failure.point:
         happen()
     elif failure.point in BETWEEN and step == BETWEEN[failure.point][0]:
-        _BETWEEN[failure.point](happen)
+        if failure.point == "first bytes" and failure.action in ON_DISK:
+            happen()  # the first write fails half-way; a file that is open stays on a good disk
+        else:
+            _BETWEEN[failure.point](happen)
 
 
 # -- what happens ----------------------------------------------------------------------------------
