@@ -373,8 +373,8 @@ def _checkpoint_and_decide_exit(original):
                 train_data_iterator=train_data_iterator,
             )
 
+        reached("step done", iteration)
         if running is not None:
-            reached("step done", iteration)
             session.watch_progress()
         if running is None or not running.end_iteration(iteration):
             should_exit = step()
