@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
 # What the modules of each folder may import at their top: other folders and files of the package, and
-# packages beside the standard library. The order is that of LAYERS: nothing imports upwards.
+# packages beside the standard library. None imports a folder below it.
 TOP = {"checks", "json_text", "events", "failure_points", "pruned_checkpoint"}
 MAY_IMPORT = {
     "settings": ({"checks"}, set()),
@@ -109,11 +109,17 @@ def test_a_folder_imports_what_it_may(folder):
     assert wrong == []
 
 
+def test_no_folder_may_import_one_below_it():
+    order = list(MAY_IMPORT)
+    for folder, (ours, _) in MAY_IMPORT.items():
+        assert ours - TOP - {"__init__"} <= set(order[: order.index(folder)])
+
+
 def test_every_folder_has_a_rule_and_a_sentence():
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == set(MAY_IMPORT)
     top = {path.stem for path in PACKAGE.glob("*.py")}
-    # checkpoint: where the checkpoints of version 0.1.0 look for what they have pickled.
+    # checkpoint: where checkpoints look that are older than pruned_checkpoint.
     assert top == TOP | {"__init__", "__main__", "checkpoint"}
 
 
