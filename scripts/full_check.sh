@@ -13,7 +13,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$REPOSITORY"
 
-STEPS=(lint tests long core-0.18.2 core-0.19.0 fuzz arithmetics overhead uneven published quickstart)
+STEPS=(lint tests long core-0.18.2 core-0.19.0 fuzz arithmetics crashes overhead uneven published quickstart)
 
 words_of() {
     case $1 in
@@ -23,6 +23,7 @@ words_of() {
         fuzz) echo "LAEP_FUZZ_EXAMPLES=1000 scripts/test.sh tests/tools/test_hostile_files.py --timeout 3600" ;;
         core-*) echo "scripts/test.sh --megatron ${1#core-}" ;;
         arithmetics) echo "scripts/check_arithmetics.sh --long" ;;
+        crashes) echo "$VENV_PYTHON scripts/crash_matrix.py" ;;
         overhead) echo "$VENV_PYTHON scripts/bench_overhead.py" ;;
         uneven) echo "$VENV_PYTHON scripts/bench_uneven.py" ;;
         published) echo "$VENV_PYTHON scripts/simulate_published.py" ;;

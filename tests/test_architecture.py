@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
 # What the modules of each folder may import at their top: other folders and files of the package, and
 # packages beside the standard library. None imports a folder below it.
-TOP = {"checks", "json_text", "events", "pruned_checkpoint"}
+TOP = {"checks", "json_text", "events", "failure_points", "pruned_checkpoint"}
 MAY_IMPORT = {
     "settings": ({"checks"}, set()),
     "plan": ({"checks", "json_text", "settings"}, {"numpy", "tabulate"}),

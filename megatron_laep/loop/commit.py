@@ -13,6 +13,7 @@ import torch
 from megatron_laep import events
 from megatron_laep.checks import Refusal
 from megatron_laep.events import on_rank_0
+from megatron_laep.failure_points import reached
 from megatron_laep.loop.job import Running
 from megatron_laep.mcore import checkpoint, model_size, space
 from megatron_laep.mcore.layer_numbers import mtp_names
@@ -116,6 +117,7 @@ def commit(
             f"{error}. Iteration {iteration} is saved in {args.save} as it was before this "
             f"pruning: go on with a later iteration in the place of {iteration}, or without it"
         ) from error
+    reached("plan broadcast")
     _report(running, expert_map, window, model, args)
     events.log(
         "commit_format",
@@ -123,6 +125,7 @@ def commit(
         optimizer="fully_reshardable",
         non_homogeneous_layers=True,
     )
+    reached("before save")
     with (
         running.writing(lineage),
         events.timed("committed", iteration=iteration, map=expert_map.short_hash),
@@ -131,6 +134,7 @@ def commit(
         should_exit = step()
         if not running.committed:
             save()
+    reached("committed")
     return Committed(expert_map, should_exit)
 
 
@@ -159,8 +163,13 @@ def agree_on_plan(
             expert_parallel_size_before=layout.expert_parallel_size_before,
         ).to_json()
 
+    def decided() -> str:
+        made = decide()
+        reached("plan decided")
+        return made
+
     try:
-        return ExpertMap.from_json(on_rank_0(decide))
+        return ExpertMap.from_json(on_rank_0(decided))
     except ValueError as error:
         raise Refusal(f"pruning at iteration {iteration}: {error}") from None
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_laep import events
+from megatron_laep.failure_points import reached
 from megatron_laep.loop.loop_hooks import hooks
 from megatron_laep.loop.session import Rebuild, session
 from megatron_laep.mcore import symbols
@@ -66,7 +67,7 @@ def uninstall() -> None:
     """Takes the hooks out again. Models that were built meanwhile keep their layers."""
     session.hooks.undo()
     allow_pruned_checkpoints(False)
-    session.config = None
+    session.config = session.writer = None
     session.begin(None)
 
 
@@ -93,6 +94,7 @@ def run(main: Callable[[], Any]) -> Any:
                 raise
             except Rebuild as rebuild:
                 session.committed_hash = rebuild.expert_map_hash
+                session.signal_handler = rebuild.signal_handler
                 old_model = rebuild.old_model
                 session.begin(None)
                 # The frames of the loop hold the old model and its optimizer.
@@ -103,9 +105,11 @@ def run(main: Callable[[], Any]) -> Any:
                 return result
             with events.timed("tear_down"):
                 tear_down()
+            reached("torn down")
             warn_if_alive(old_model)
     finally:
         session.inside_run = False
+        session.end_watch()
 
 
 def say_what_was_not_done() -> None:

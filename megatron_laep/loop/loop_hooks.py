@@ -4,6 +4,7 @@ The loop itself is Megatron's. A run passes by here in this order::
 
     arguments parsed  -> start.find     which checkpoint, which map
     arguments checked -> Start.checked  are the flags sound, what is still to be pruned
+    ranks found       -> agree          does every rank see the same job
     model built       -> set_layer_counts, if there is a map
     checkpoint load   -> Start.loading  through the map, if it is pending
     before iterations -> Running        counters
@@ -15,6 +16,7 @@ Repairs of Megatron's bugs are not here but in ``mcore.upstream_bugs``: hooked o
 import dataclasses
 import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -23,9 +25,11 @@ from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offse
 from megatron.training import get_args, global_vars
 from megatron.training import training as megatron_training
 from megatron.training.async_utils import maybe_finalize_async_save
+from megatron.training.checkpointing import get_checkpoint_name
 
 from megatron_laep import events
 from megatron_laep.checks import Refusal
+from megatron_laep.failure_points import reached
 from megatron_laep.loop import commit
 from megatron_laep.loop.job import Running
 from megatron_laep.loop.retention import keep_prunings
@@ -60,6 +64,7 @@ def hooks() -> list[Hook]:
         Hook("megatron.training.arguments:add_megatron_arguments", _add_arguments),
         Hook("megatron.training.arguments:parse_args", _parse_args),
         Hook("megatron.training.arguments:validate_args", _validate_args),
+        Hook("megatron.core.parallel_state:initialize_model_parallel", _initialize_model_parallel),
         Hook("megatron.core.models.gpt.moe_module_specs:MoELayer", lambda original: LaepMoELayer),
         Hook(
             "megatron.core.transformer.transformer_block:TransformerBlock._build_layers",
@@ -75,6 +80,7 @@ def hooks() -> list[Hook]:
             _init_mtp_layer,
         ),
         Hook(f"{loop}:load_checkpoint", _load_checkpoint),
+        Hook(f"{loop}:save_checkpoint", _save_checkpoint),
         Hook("megatron.training.checkpointing:generate_state_dict", _generate_state_dict),
         Hook("megatron.training.checkpointing:_build_sharded_state_dict_metadata", _build_metadata),
         Hook("megatron.training.checkpointing:_async_delete_checkpoint_impl", keep_prunings),
@@ -162,6 +168,14 @@ def _validate_args(original):
     return validate_args
 
 
+def _initialize_model_parallel(original):
+    def initialize_model_parallel(*more, **named):
+        session.agree()
+        return original(*more, **named)
+
+    return initialize_model_parallel
+
+
 def _build_layers(original):
     def build_layers(self):
         start = session.active_start
@@ -226,13 +240,34 @@ def _load_checkpoint(original):
         start = session.active_start
         if start is None:
             return original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
+        reached("model built")
         with start.loading(ddp_model, optimizer, get_args()):
+            reached("during load")
             result = original(ddp_model, optimizer, opt_param_scheduler, *more, **named)
         start.check_loaded(result[0])
         session.loaded = True
+        reached("loaded")
         return result
 
     return load_checkpoint
+
+
+def _save_checkpoint(original):
+    def save_checkpoint(iteration, *more, non_persistent_ckpt=False, **named):
+        start, writer, folder = session.active_start, session.writer, None
+        if start is not None and writer is not None:
+            if not non_persistent_ckpt:
+                # "release" checkpoints are made by other tools.
+                folder = get_checkpoint_name(get_args().save, iteration, return_base_dir=True)
+                if session.loaded and start.is_from(folder, iteration):
+                    # Written in its own place, the only one that the job can go on from is half for a time.
+                    events.log("already_saved", iteration=iteration, checkpoint=folder)
+                    return
+            writer.before_save(iteration, Path(folder) if folder else None)
+        with session.saving():
+            original(iteration, *more, non_persistent_ckpt=non_persistent_ckpt, **named)
+
+    return save_checkpoint
 
 
 def _generate_state_dict(original):
@@ -246,6 +281,7 @@ def _generate_state_dict(original):
                 sums = checksums(state_dict, record.lineage.steps[-1])
                 record = dataclasses.replace(record, checksums=sums)
             state_dict[ENTRY] = record.to_entry()
+            reached("during save")
         return state_dict
 
     return generate_state_dict
@@ -269,10 +305,11 @@ def _setup_model_and_optimizer(original):
                 "megatron.training.arguments.parse_and_validate_args, where LAEP finds its "
                 "checkpoint; parse the arguments with it"
             )
+        session.agree()
         start = session.active_start
         if start is None:
             return original(*more, **named)
-        start.agree()
+        reached("groups rebuilt")
         state = start.record.map_state if start.record is not None else None
         with events.timed("build", experts=start.expert_total(), map_state=state):
             result = original(*more, **named)
@@ -355,11 +392,22 @@ def _checkpoint_and_decide_exit(original):
                 train_data_iterator=train_data_iterator,
             )
 
+        def ordinary():
+            should_exit = step()
+            reached("iteration closed")
+            if should_exit or iteration == get_args().train_iters:
+                session.end_watch()
+            return should_exit
+
+        reached("step done", iteration)
+        if running is not None:
+            session.watch_progress()
         if running is None or not running.end_iteration(iteration):
-            return step()
-        maybe_finalize_async_save(blocking=True)
+            return ordinary()
+        with session.saving():
+            maybe_finalize_async_save(blocking=True)
         if not commit.has_room(running, iteration, model, get_args()):
-            return step()
+            return ordinary()
 
         # A save plan that was cached for the job's other checkpoints would not fit this one.
         context = {
@@ -380,7 +428,8 @@ def _checkpoint_and_decide_exit(original):
         if writer:
             writer.close()
         running.close()
-        raise Rebuild(committed.expert_map.hash, release(model))
+        handler = global_vars.get_signal_handler() if get_args().exit_signal_handler else None
+        raise Rebuild(committed.expert_map.hash, release(model), handler)
 
     return checkpoint_and_decide_exit
 

@@ -2,7 +2,7 @@
 
 ``find`` looks for the checkpoint and its map while Megatron's arguments are still as they were
 given, ``checked`` holds the validated ones against it. Both are local, and the same on all ranks;
-that they are is made sure of by ``agree``, as soon as the ranks can speak to each other.
+that they are is made sure of by ``agreement``, as soon as the ranks can speak to each other.
 """
 
 import contextlib
@@ -136,23 +136,6 @@ class Start:
             found += arguments.complaints_of_model(self.record, args, self.source)
         return start, found
 
-    def agree(self) -> None:
-        """Every rank must follow the same map in the same state. A collective.
-
-        Raises:
-            ValueError: on all ranks, if the ranks read different records.
-        """
-        state = self.record.map_state if self.record is not None else None
-        mine = (str(self.source), self.lineage.hashes, state)
-        found: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, mine)
-        if len(set(found)) > 1:
-            differing = next(rank for rank, other in enumerate(found) if other != found[0])
-            raise Refusal(
-                f"rank 0 found (checkpoint, maps, state) {found[0]}, rank {differing} found "
-                f"{found[differing]}; --load and --save must show the same files on every node"
-            )
-
     @contextlib.contextmanager
     def loading(
         self, model: list[torch.nn.Module], optimizer: object, args: Namespace
@@ -181,6 +164,12 @@ class Start:
             yield
             if verification is not None:
                 verification.finish()
+
+    def is_from(self, checkpoint: str, iteration: int) -> bool:
+        """Whether the model that has just been loaded is what that folder holds."""
+        if self.source is None or self.record is None or self.record.iteration != iteration:
+            return False
+        return os.path.realpath(self.source) == os.path.realpath(checkpoint)
 
     def check_loaded(self, iteration: int) -> None:
         """The checkpoint that Megatron loaded must be the one whose map the model was built for."""
@@ -254,6 +243,14 @@ def _own_run(args: Namespace, config: LaepConfig, rebuilt: bool) -> Start | None
     with checkpoint.overridden(args, **({} if own_step else {"ckpt_step": None})):
         source = checkpoint.find_checkpoint(args.save, args)
         record = checkpoint.read_record(source)
+    tracked = source if source is not None and not (own_step and args.ckpt_step) else None
+    if record is None and tracked is not None and not any(tracked.glob("mp_rank_*")):
+        # Nor one file a rank, Megatron's format of old: it would start over, and write over the others.
+        raise Refusal(
+            f"{source}: the tracker file of --save names this checkpoint, and it is not complete (it has "
+            "no metadata.json): a job was stopped while it was written again. Write the iteration of the "
+            "newest complete checkpoint folder beside it into latest_checkpointed_iteration.txt"
+        )
     if record is None or not record.is_laep:
         return None
     wanted = dict(load=args.save, finetune=False, no_load_optim=False, no_load_rng=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_laep import events
 from megatron_laep.events import on_rank_0
+from megatron_laep.failure_points import reached
 from megatron_laep.plan.loads import Loads
 from megatron_laep.plan.stability import StabilityDecision, decide
 from megatron_laep.plan.windows import OpenWindow
@@ -72,6 +73,7 @@ class Trigger:
             return Verdict.WAIT
         with events.timed("window_closed", iteration=iteration, window=self._leg.window):
             window = self._window.read(iteration)
+        reached("window reduced", iteration)
         # Only of the last window the parts are asked for.
         earlier = (replace(ended, marks=()) for ended in self._ended)
         self._ended = (*earlier, window)[-self._leg.needed :]

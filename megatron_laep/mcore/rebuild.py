@@ -13,6 +13,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.utils import get_model_config
+from megatron.training import global_vars
+from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron.training.training import destroy_global_state
 from torch.distributed import distributed_c10d
 
@@ -55,6 +57,17 @@ def release(model: list[torch.nn.Module]) -> list[weakref.ref]:
     for callback in _CONFIG_CALLBACKS:
         setattr(config, callback, None)
     return [weakref.ref(chunk) for chunk in model]
+
+
+def pass_signal_on(before: DistributedSignalHandler | None) -> None:
+    """A signal to end that came while the job was rebuilt ends the rebuilt job.
+
+    Args:
+        before: the handler of the job before, which heard signals until the new one took its place;
+            None without --exit-signal-handler.
+    """
+    if before is not None and before._signal_received:
+        global_vars.get_signal_handler()._signal_received = True
 
 
 def warn_if_alive(references: list[weakref.ref]) -> None:

@@ -78,6 +78,10 @@ HOOKED = (
         takes="parser",
     ),
     Symbol(
+        f"{_CORE}.parallel_state:initialize_model_parallel",
+        "compare the ranks before groups are made",
+    ),
+    Symbol(
         "megatron.training.arguments:parse_args",
         "refuse --laep flags that a YAML file would drop",
         takes="extra_args_provider, ignore_unknown_args",
@@ -119,6 +123,11 @@ HOOKED = (
         f"{_LOOP}:load_checkpoint",
         "load through the map",
         takes="ddp_model, optimizer, opt_param_scheduler",
+    ),
+    Symbol(
+        f"{_LOOP}:save_checkpoint",
+        "let one start of the job write, and nothing half over something whole",
+        takes="iteration, *, non_persistent_ckpt",
     ),
     Symbol(
         f"{_SAVES}:generate_state_dict", "put the map into the checkpoint", takes="*, iteration"
@@ -197,6 +206,11 @@ CALLERS = (
         f"{_CORE}.models.gpt.moe_module_specs:get_moe_module_spec_for_backend",
         "have the counting layer in the spec",
         looks_up="MoELayer",
+    ),
+    Symbol(
+        "megatron.training.initialize:_initialize_distributed",
+        "have the ranks compared before groups are made",
+        looks_up="initialize_model_parallel",
     ),
     Symbol(
         f"{_CORE}.transformer.transformer_block:TransformerBlock.__init__",
@@ -287,9 +301,22 @@ USED = (
     Symbol("megatron.training.global_vars:get_tensorboard_writer", "write the loads' metrics"),
     Symbol("megatron.training.global_vars:get_wandb_writer", "write the loads' metrics"),
     Symbol(
+        "megatron.training.global_vars:get_signal_handler",
+        "end a job that was told to while it was rebuilt",
+    ),
+    Symbol(
+        "megatron.training.dist_signal_handler:DistributedSignalHandler",
+        "end a job that was told to while it was rebuilt",
+    ),
+    Symbol(
+        "megatron.training.dist_signal_handler:DistributedSignalHandler._signal_received",
+        "end a job that was told to while it was rebuilt",
+    ),
+    Symbol(
         f"{_LOOP}:save_checkpoint_and_time",
         "write the checkpoint with the map in an iteration in which Megatron saves none",
         takes=f"{_SAVED_STEP}, *, train_data_iterator",
+        looks_up="save_checkpoint",
     ),
     Symbol(f"{_LOOP}:destroy_global_state", "run the script again in the same process"),
     Symbol(
@@ -393,6 +420,7 @@ USED = (
     Symbol(f"{_CORE}.parallel_state:get_pipeline_model_parallel_rank", "tell a layer's stage"),
     Symbol(f"{_CORE}.parallel_state:_global_process_group_list", "destroy the old job's groups"),
     Symbol("torch.distributed.distributed_c10d:_world.pg_map", "destroy the old job's groups"),
+    Symbol("torch.distributed.distributed_c10d:_get_default_store", "compare and watch the ranks"),
     Symbol(f"{_CORE}.process_groups_config:ProcessGroupCollection.ep", "know a rank's experts"),
     Symbol(f"{_CORE}.utils:get_model_config", "let go of the old model"),
     Symbol(

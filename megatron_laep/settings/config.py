@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_laep.checks import Refusal, whole_number
+from megatron_laep.checks import Refusal, number_within, whole_number
 from megatron_laep.settings.fields import flag, same_setting, setting
 from megatron_laep.settings.rules import PruningRules
 from megatron_laep.settings.schedule import DEFAULT_WINDOW, Leg
@@ -113,6 +113,14 @@ class LaepConfig:
         "Go on with a Megatron-Core that is newer than those that this package was tested with "
         "(default: refuse it).",
     )
+    no_progress_minutes: float = setting(
+        30.0,
+        "End the job when no step is done and nothing is written for M minutes, with a message that "
+        "names the step and the missing rank; longer than the longest evaluation and the longest "
+        "flush of a file to disk. 0 never ends it (default: {default}).",
+        metavar="M",
+        type=float,
+    )
     stability_rank_correlation: float = _threshold("rank_correlation")
     stability_churn: float = _threshold("churn")
     stability_load_change: float = _threshold("load_change")
@@ -209,6 +217,7 @@ class LaepConfig:
             raise Refusal("--laep-prune-iteration needs at least one iteration")
         if list(self.prune_iterations) != sorted(set(self.prune_iterations)):
             raise Refusal(f"{self.prune_flag}: give ascending iterations, each one once")
+        number_within(self.no_progress_minutes, flag("no_progress_minutes"), 0, 1e6)
         self.rules.validate()
         if self.plan is not None and (not isinstance(self.plan, str) or not self.plan):
             raise Refusal(f"--laep-plan must be the path of a file, got {self.plan!r}")
@@ -245,7 +254,7 @@ class LaepConfig:
         defaults = LaepConfig()
         for item in fields(self):
             # Those have a use in jobs that will not prune, too.
-            if item.name in ("record_interval", "try_any_megatron"):
+            if item.name in ("record_interval", "try_any_megatron", "no_progress_minutes"):
                 continue
             if getattr(self, item.name) != getattr(defaults, item.name):
                 raise Refusal(

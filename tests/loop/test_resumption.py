@@ -1,5 +1,6 @@
 """A job goes on only from checkpoints that its flags and its model go with."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,17 @@ def test_a_checkpoint_in_another_format_is_not_taken_for_a_new_start(tmp_path, c
         "--laep-prune-iteration 10",
         "--ckpt-convert-format torch_dist",
     )
+
+
+def test_half_a_checkpoint_is_not_taken_for_a_new_start(tmp_path, checkpoints):
+    """A job that began elsewhere, and was stopped while it wrote its last checkpoint again."""
+    save = tmp_path / "save"
+    shutil.copytree(checkpoints["full"], save)
+    (save / "iter_0000007" / "metadata.json").unlink()
+    words = job(tmp_path, load=checkpoints["foreign"])
+    outcome = in_megatron(parsed, words)
+    wanted = [f"{save}/iter_0000007", "names this checkpoint, and it is not complete", "newest"]
+    assert_complaint(outcome, *wanted)
 
 
 def test_a_pruned_job_does_without_its_plan_file(tmp_path, checkpoints):

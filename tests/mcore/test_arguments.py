@@ -10,7 +10,6 @@ from tests.support.forks import in_megatron
 from tests.support.jobs import UNSUPPORTED, assert_complaint, job, parsed, ranks, skip_without
 from tests.support.runs import tiny_arguments
 
-
 # -- what is asked of the flags --------------------------------------------------------------------
 
 BAD_FLAGS = {

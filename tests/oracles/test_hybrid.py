@@ -18,13 +18,13 @@ from tests.oracles.test_mtp import described, map_of
 from tests.oracles.test_permutation import assert_same_run as same_run
 from tests.oracles.test_uneven_experts import EXPERTS, ITERATIONS, PRUNE, flags, plan, saved_in
 from tests.support import maps
+from tests.support.failures import Failure
 from tests.support.forks import in_megatron
 from tests.support.runs import LAEP, SUPPORT, RunResult, run_batch, run_megatron
 
 pytestmark = [pytest.mark.distributed, pytest.mark.equality]
 
 STANDINS = os.pathsep.join([str(SUPPORT / "te_standin"), str(SUPPORT / "mamba_standin")])
-CRASH = (str(SUPPORT / "faults.py"),)
 BASE = {
     "num_layers": None,
     "transformer_impl": "transformer_engine",
@@ -159,15 +159,15 @@ def test_killed_again_and_again_with_the_same_command(two, folder) -> None:
     command = flags(**{**BASE, **MTP, **BF16, **DECIDED, **again})
     parts = []
     for point, iteration in (
-        ("after the first ordinary save", 2),
-        ("during the rebuild", None),
-        ("after the first ordinary save", 6),
+        ("iteration closed", 2),
+        ("groups rebuilt", PRUNE),
+        ("iteration closed", 6),
     ):
         killed = run_megatron(
             command,
             2,
-            launcher=CRASH,
-            env={"CRASH_AT": point, "CRASH_ITERATION": str(iteration)},
+            launcher=LAEP,
+            env=Failure(point, "kill", iteration=iteration).environment(),
             check=False,
             path=STANDINS,
         )

@@ -1,4 +1,4 @@
-"""A pruning from end to end on the stock loop: oracles 2 and 4, crash and relaunch, and what refuses the result.
+"""A pruning from end to end on the stock loop: oracles 2 and 4, relaunches, and what refuses the result.
 
 One reference run prunes inside the job; everything else is compared with it, losses to the last bit.
 """
@@ -34,7 +34,6 @@ from tests.support.written_scalars import tensorboard_scalars, wandb_scalars
 
 # Saves at 4 (inside the window of iterations 3 to 6), 6 (the pruning), 8 and 12.
 ITERATIONS, WINDOW, PRUNE, SAVE_INTERVAL = 14, 4, 6, 4
-CRASH = (str(SUPPORT / "faults.py"),)
 MASKED = (str(SUPPORT / "masked.py"),)
 
 
@@ -283,33 +282,6 @@ def test_pruned_equals_masked(run, tmp_path) -> None:
         assert loss == pruned_loss
         # The same squares and some zeros, summed in another order.
         assert math.isclose(float.fromhex(norm), float.fromhex(pruned_norm), rel_tol=ORDER_OF_SUM)
-
-
-@pytest.mark.equality
-@pytest.mark.parametrize(
-    ("point", "resumes_after"),
-    [
-        ("before the checkpoint is complete", SAVE_INTERVAL),
-        ("after the checkpoint is complete", PRUNE),
-        ("during the rebuild", PRUNE),
-        ("after the first ordinary save", 2 * SAVE_INTERVAL),
-    ],
-)
-def test_killed_and_relaunched_with_the_same_command(run, tmp_path, point, resumes_after) -> None:
-    """Oracle 4."""
-    killed = run_megatron(
-        flags(tmp_path),
-        2,
-        launcher=CRASH,
-        env={"CRASH_AT": point, "CRASH_ITERATION": str(2 * SAVE_INTERVAL)},
-        check=False,
-        timeout=240,
-    )
-    assert -9 in killed.returncodes and not killed.timed_out, killed.tail()
-    relaunched = run_megatron(flags(tmp_path), 2, launcher=LAEP, timeout=240)
-    run.assert_continues(relaunched, after=resumes_after)
-    map_file = tmp_path / "laep" / f"iter_{PRUNE:07d}" / "map.json"
-    assert ExpertMap.from_json(map_file.read_text()) == run.expert_map
 
 
 @pytest.mark.equality

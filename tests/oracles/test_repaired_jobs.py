@@ -15,6 +15,7 @@ from tests.oracles.test_hard_layouts import CASES, PRUNE, assert_same
 from tests.oracles.test_uneven_experts import flags as short_job
 from tests.oracles.test_uneven_experts import plan
 from tests.support.exact_job import exact_job, exact_losses
+from tests.support.failures import Failure
 from tests.support.forks import on_ranks
 
 pytestmark = pytest.mark.equality
@@ -65,7 +66,9 @@ def test_a_killed_fp32_job_goes_on(tmp_path, make, saves):
     assert list(whole) == list(range(1, 9))
     for save in saves:
         arguments = make(tmp_path / f"killed at {save}")
-        killed = on_ranks(2, exact_job, arguments, kill_at=("after the first ordinary save", save))
+        killed = on_ranks(
+            2, exact_job, arguments, failure=Failure("iteration closed", "kill", iteration=save)
+        )
         assert {outcome.error for outcome in killed} == {"Died"}
         resumed = exact_losses(on_ranks(2, exact_job, arguments))
         assert resumed == {i: whole[i] for i in range(save + 1, 9)}

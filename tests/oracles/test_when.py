@@ -24,6 +24,7 @@ from megatron_laep.tools.stability import decisions
 from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.oracles.test_pruning_run import stock_flags
 from tests.support.exact_job import Losses, exact_job, exact_losses
+from tests.support.failures import Failure
 from tests.support.forks import in_megatron, on_ranks
 
 # Windows end at 2, 4, 6 and so on. The saves, at 5, 10, 15 and 20, are inside one, or after it.
@@ -201,11 +202,13 @@ def test_pruned_twice_equals_masked_twice(run, tmp_path):
 def test_killed_again_and_again(run, tmp_path):
     """After a save inside a window that counts for the decision, and on both sides of the second commit."""
     for point, iteration, complete in (
-        ("after the first ordinary save", SAVE_INTERVAL, SAVE_INTERVAL),
-        ("before the checkpoint is complete", 18, 15),
-        ("after the checkpoint is complete", 18, 18),
+        ("iteration closed", SAVE_INTERVAL, SAVE_INTERVAL),
+        ("saved but not committed", 18, 15),
+        ("committed", 18, 18),
     ):
-        killed = on_ranks(2, exact_job, flags(tmp_path), (point, iteration))
+        killed = on_ranks(
+            2, exact_job, flags(tmp_path), failure=Failure(point, "kill", iteration=iteration)
+        )
         assert [outcome.error for outcome in killed] == ["Died", "Died"], killed[0].output[-3000:]
         tracker = (tmp_path / "latest_checkpointed_iteration.txt").read_text()
         assert int(tracker) == complete

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,9 +68,14 @@ def in_megatron(
     return _call(1, function, args, kwargs, env or {}, timeout, path)[0]
 
 
-def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Outcome]:
-    """Call `function` in several processes at a time, the default process group (gloo) ready."""
-    return _call(ranks, _with_process_group, (function, args, kwargs), {}, {})
+def on_ranks(
+    ranks: int, function: Callable[..., Any], *args: Any, grace: float = TIMEOUT, **kwargs: Any
+) -> list[Outcome]:
+    """Call `function` in several processes at a time, the default process group (gloo) ready.
+
+    grace: seconds that the others have, once one has failed, before they are killed, as by a launcher.
+    """
+    return _call(ranks, _with_process_group, (function, args, kwargs), {}, {}, grace=grace)
 
 
 def init_process_group() -> None:
@@ -103,11 +109,12 @@ def _call(
     env: dict[str, str],
     timeout: float = TIMEOUT,
     path: str = "",
+    grace: float = TIMEOUT,
 ) -> list[Outcome]:
     with _lock:
         server = _running_server(path)
         try:
-            _send(server.stdin, pickle.dumps((ranks, function, args, kwargs, env, timeout)))
+            _send(server.stdin, pickle.dumps((ranks, function, args, kwargs, env, timeout, grace)))
             return pickle.loads(_receive(server.stdout))
         except (EOFError, BrokenPipeError):
             code = server.wait(timeout=TIMEOUT)
@@ -180,7 +187,7 @@ def _serve() -> None:
 
 def _run(request: bytes) -> list[Outcome]:
     # Unpickled here, and not only in the forks, so that a test module is imported once.
-    ranks, function, args, kwargs, env, timeout = pickle.loads(request)
+    ranks, function, args, kwargs, env, timeout, grace = pickle.loads(request)
     with tempfile.TemporaryDirectory() as scratch:
         children = []
         for rank in range(ranks):
@@ -195,17 +202,33 @@ def _run(request: bytes) -> list[Outcome]:
                 os.environ.update(variables | env)
                 _run_fork(f"{scratch}/{rank}", function, args, kwargs)
             children.append(pid)
-        killers = [threading.Timer(timeout, os.kill, (pid, signal.SIGKILL)) for pid in children]
-        for killer in killers:
-            killer.start()
-        codes = []
-        for pid, killer in zip(children, killers, strict=True):
-            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-            killer.cancel()
-        # Threads and forks do not go together: the next fork must find none.
-        for killer in killers:
-            killer.join()
+        codes = _wait(
+            children, [Path(f"{scratch}/{rank}") for rank in range(ranks)], timeout, grace
+        )
         return [_outcome(Path(f"{scratch}/{rank}"), code) for rank, code in enumerate(codes)]
+
+
+def _wait(children: list[int], answers: list[Path], timeout: float, grace: float) -> list[int]:
+    """Exit code of each child; killed when time is up, or some time after the first one has failed."""
+    codes: dict[int, int] = {}
+    deadline, failed = time.monotonic() + timeout, False
+    while len(codes) < len(children):
+        for rank, pid in enumerate(children):
+            if rank in codes:
+                continue
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            if not failed and _outcome(answers[rank], codes[rank]).error is not None:
+                deadline, failed = min(deadline, time.monotonic() + grace), True
+        if time.monotonic() > deadline:
+            for rank, pid in enumerate(children):
+                if rank not in codes:
+                    os.kill(pid, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.005)
+    return [codes[rank] for rank in range(len(children))]
 
 
 def _run_fork(path: str, function: Callable, args: tuple, kwargs: dict) -> None:
