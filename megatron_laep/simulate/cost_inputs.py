@@ -298,6 +298,19 @@ def full_placements(
     }
 
 
+def balanced_placements(
+    layers: Mapping[int, int], expert_parallel_size: int
+) -> dict[int, LayerPlacement]:
+    """Each layer (its number of experts by its number) with all its experts and equal shares: what
+    an auxiliary loss that evens out the loads would leave, at best.
+    """
+    ranks = expert_parallel_size
+    return {
+        number: LayerPlacement(equal_blocks(experts, ranks, number), (1 / ranks,) * ranks)
+        for number, experts in layers.items()
+    }
+
+
 def pruned_placements(
     expert_map: ExpertMap, loads: Mapping[int, Sequence[int]], *, rearranged: bool
 ) -> dict[int, LayerPlacement]:

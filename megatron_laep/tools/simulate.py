@@ -1,8 +1,9 @@
 """`laep simulate`: what a plan would bring on a cluster, from recorded loads and the cost model.
 
 Reads a model file, a hardware file and loads; makes the expert map as the job would (or takes a
-given one); prints step time, TFLOPS per GPU and memory per rank of the full, the pruned, and the
-pruned and rearranged model. Needs neither torch nor Megatron; PyYAML unless the files are JSON.
+given one); prints step time, TFLOPS per GPU and memory per rank of the full model, of the same with
+equal loads on all ranks (what an auxiliary loss would bring at best), of the pruned, and of the
+pruned and rearranged one. Needs neither torch nor Megatron; PyYAML unless the files are JSON.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
     Parallelism,
+    balanced_placements,
     full_placements,
     pruned_placements,
 )
 from megatron_laep.simulate.cost_model import calibrate, estimate
 
-VARIANTS = ("full", "pruned", "pruned and rearranged")
+VARIANTS = ("full", "balanced", "pruned", "pruned and rearranged")
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -115,6 +117,9 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
             VARIANTS,
             (
                 full_placements(loads, parallelism.expert),
+                balanced_placements(
+                    {number: len(row) for number, row in loads.items()}, parallelism.expert
+                ),
                 pruned_placements(expert_map, loads, rearranged=False),
                 pruned_placements(expert_map, loads, rearranged=True),
             ),
@@ -254,7 +259,7 @@ def _published(section: object, path: Path) -> dict[str, float] | None:
         or not all(type(value) in (int, float) and 0 < value < 1e9 for value in values)
     ):
         raise ValueError(
-            f"{path}: published: tflops_per_gpu must be a list of three numbers above 0, got "
+            f"{path}: published: tflops_per_gpu must be a list of four numbers above 0, got "
             f"{values!r}"
         )
     return dict(zip(VARIANTS, values, strict=True))

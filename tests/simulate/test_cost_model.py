@@ -12,6 +12,7 @@ from megatron_laep.simulate.cost_inputs import (
     LayerPlacement,
     ModelShape,
     Parallelism,
+    balanced_placements,
     full_placements,
     place_loads,
     pruned_placements,
@@ -162,6 +163,15 @@ def test_dense_layers():
     result = estimate(shape, SLOW, JOB, {2: EVEN})
     assert result.experts == 4
     assert layer_time(shape, SLOW, JOB, 1, None).all_to_all == 0
+
+
+def test_balanced_is_the_full_model_with_equal_shares():
+    placements = balanced_placements({1: 4, 2: 4}, 2)
+    assert placements == {1: EVEN, 2: EVEN}
+    # and no placement of all experts is faster
+    full = full_placements({1: [6, 2, 1, 3], 2: [1, 1, 1, 1]}, 2)
+    times = [estimate(SHAPE, SLOW, JOB, item).step_seconds for item in (placements, full)]
+    assert times[0] < times[1]
 
 
 def test_shares_are_of_the_kept_experts_own_tokens():
