@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import megatron_laep
 
 # Modules of this folder with an `add_parser`, in the order of the help text.
-COMMANDS = ("inspect", "plan", "sweep", "stability", "simulate", "summary", "report")
+COMMANDS = ("inspect", "plan", "sweep", "stability", "simulate", "calibrate", "summary", "report")
 _USER_ERROR = 2  # as argparse's own
 _INTERRUPTED = 130  # as a shell has it
 
