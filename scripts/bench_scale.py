@@ -55,16 +55,15 @@ class Step:
 
 
 class Fake:
-    """torch.distributed as rank 0 of many sees it: `parts` are the pickles that other ranks would send."""
+    """torch.distributed as rank 0 of many sees it, if the others send what this rank does."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.of_rank: Callable[[int, Any], bytes] = lambda rank, mine: pickle.dumps(mine)
         self.received, self.messages = 0.0, 0
 
     def all_gather_object(self, found: list, mine: object, group: object = None) -> None:
         for rank in range(self.ranks):
-            data = self.of_rank(rank, mine)
+            data = pickle.dumps(mine)
             self.received += len(data)
             found[rank] = pickle.loads(data)
         self.messages += self.ranks - 1
@@ -188,37 +187,18 @@ def steps_of(ranks: int, layers: int, experts: int, ep: int, folder: Path) -> li
             "pruning",
             lambda: (folder / "map.json").write_text(expert_map.to_json(), encoding="utf-8"),
         )
-        held = [_held(expert_map, rank, ep) for rank in range(ep)]
-        pickled = [pickle.dumps(item) for item in held]
-        fake.of_rank = lambda rank, mine: pickled[rank % ep]
-        mine = {
-            number: SimpleNamespace(local_expert_indices=indices)
-            for number, indices in _indices(expert_map, 0, ep).items()
+        # The sum over the ranks of one replica, which is what the collective gives.
+        replica = {
+            layer.layer_number: SimpleNamespace(local_expert_indices=range(len(layer.kept)))
+            for layer in expert_map.layers
         }
         step(
             "every kept expert is read once",
             "load through the map",
-            lambda: checkpoint._check_coverage(expert_map, mine),
+            lambda: checkpoint._check_coverage(expert_map, replica),
         )
         step("a decision, broadcast", "window", lambda: on_rank_0(lambda: True))
     return found
-
-
-def _indices(expert_map: Any, rank: int, ep: int) -> dict[int, range]:
-    """New ids of a rank's experts, by layer."""
-    found = {}
-    for layer in expert_map.layers:
-        first = sum(layer.experts_per_rank[:rank])
-        found[layer.layer_number] = range(first, first + layer.experts_per_rank[rank])
-    return found
-
-
-def _held(expert_map: Any, rank: int, ep: int) -> dict[int, list[int]]:
-    """Old ids of a rank's experts, by layer."""
-    return {
-        number: [expert_map.layer(number).kept[new] for new in indices]
-        for number, indices in _indices(expert_map, rank, ep).items()
-    }
 
 
 def growing(found: list[Step]) -> list[str]:

@@ -87,12 +87,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Speedup:
-    """The full model's time over the variant's: median of the rounds, its interval, what is predicted."""
+    """The full model's time over the variant's: median of the rounds, and its interval; the same of the
+    processor times of the busier rank, on which other users of the machine have less influence; and
+    what is predicted.
+    """
 
     variant: str
     ratio: float
     low: float
     high: float
+    processor: float
     predicted: float
     imbalance: float
     imbalance_measured: float
@@ -238,24 +242,28 @@ class Woken:
 
     def __init__(self, connection: Connection, train_step: Any) -> None:
         self._connection, self._train_step = connection, train_step
-        self._left, self._marks = 0, [0.0]
+        self._left = 0
+        self._marks: list[tuple[float, float]] = []
 
     def __call__(self, forward_step, data, model, *args, **named):
         import torch
 
         if self._left == 0:
-            if self._marks[-1]:
-                self._marks.append(time.perf_counter())
-                self._connection.send((np.diff(self._marks).tolist(), _counted(model)))
+            if self._marks:
+                self._mark()
+                self._connection.send((np.diff(self._marks, axis=0), _counted(model)))
             try:
                 self._left = self._connection.recv()
             except EOFError:  # the coordinator has ended
                 os._exit(0)
             self._marks = []
             torch.distributed.barrier()
-        self._marks.append(time.perf_counter())
+        self._mark()
         self._left -= 1
         return self._train_step(forward_step, data, model, *args, **named)
+
+    def _mark(self) -> None:
+        self._marks.append((time.perf_counter(), time.process_time()))
 
 
 def _counted(model: list) -> list[list[int]]:
@@ -357,7 +365,8 @@ class Jobs:
             theirs.close()
 
     def block(self, index: int, iterations: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Seconds of each iteration (of its slower rank); tokens per expert that were counted so far.
+        """Seconds of each iteration, by the clock and of the processor [iterations, 2], of the slower
+        rank; tokens per expert that were counted so far.
 
         Errors: RuntimeError with the end of its log if the job has died.
         """
@@ -454,21 +463,23 @@ def calibrated(scratch: Path) -> Path:
 def measure(
     jobs: Jobs, seconds: float, block: int, fewest: int, seed: int
 ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """Rounds until the intervals are narrow or the time is over: seconds an iteration
-    [rounds, variants], and for each variant the tokens counted in all of them.
+    """Rounds until the intervals are narrow or the time is over: seconds an iteration by the clock and
+    of the processor [rounds, variants, 2], and for each variant the tokens counted in all of them.
     """
     order, rows = random.Random(seed), []
     names = range(len(jobs.variants))
     before = [jobs.block(index, 1)[1] for index in names]
     after = before
     end = time.monotonic() + seconds
-    while len(rows) < fewest or (time.monotonic() < end and not narrow(compare(np.array(rows)))):
-        row = np.zeros(len(jobs.variants))
+    while len(rows) < fewest or (
+        time.monotonic() < end and not narrow(compare(np.array(rows)[:, :, 0]))
+    ):
+        row = np.zeros((len(jobs.variants), 2))
         after = list(after)
         for index in order.sample(names, len(names)):
             times, after[index] = jobs.block(index, block + 1)
             # The first one finds the caches full of another job.
-            row[index] = times[1:].mean()
+            row[index] = times[1:].mean(axis=0)
         rows.append(row)
     counted = [
         [late - early for late, early in zip(*pair, strict=True)]
@@ -488,6 +499,7 @@ def format_table(results: list[Speedup]) -> str:
             f"{item.imbalance_measured:.3f}",
             f"{item.ratio:.3f}",
             f"{item.low:.3f} to {item.high:.3f}",
+            f"{item.processor:.3f}",
             f"{item.predicted:.3f}",
             f"{100 * (item.predicted / item.ratio - 1):+.1f} %",
         )
@@ -500,10 +512,11 @@ def format_table(results: list[Speedup]) -> str:
         "\ncounted",
         "step rate\n/ full",
         "95 % interval\nof the median",
+        "by processor\ntime",
         "predicted",
         "predicted\n/ measured",
     )
-    align = ("left", *["right"] * 7)
+    align = ("left", *["right"] * 8)
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
 
 
@@ -534,13 +547,19 @@ def main() -> int:
         Speedup(
             variant.name,
             *found,
+            processor[0],
             prediction,
             variant.imbalance,
             measured_imbalance(variant, tokens),
             variant.experts,
         )
-        for variant, found, prediction, tokens in zip(
-            variants, compare(rounds), predicted, counted, strict=True
+        for variant, found, processor, prediction, tokens in zip(
+            variants,
+            compare(rounds[:, :, 0]),
+            compare(rounds[:, :, 1]),
+            predicted,
+            counted,
+            strict=True,
         )
     ]
     print(
@@ -548,7 +567,7 @@ def main() -> int:
         f"load average {os.getloadavg()[0]:.1f}"
     )
     print(format_table(results))
-    if not narrow(compare(rounds)):
+    if not narrow(compare(rounds[:, :, 0])):
         print(
             "NOT narrow enough: an interval reaches further than 3 % from its median; more --minutes"
         )

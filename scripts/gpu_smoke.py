@@ -172,19 +172,21 @@ class Smoke:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(self.options.processes)]
         command += [str(WORKER), str(tasks_file), str(result_file)]
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=self.options.timeout,
-            check=False,
-        )
-        self.outputs.append(done.stdout)
+        # A file, not a pipe: what a killed rank has started may hold a pipe open for ever.
+        log = self.scratch / f"output{number}.txt"
+        with log.open("w") as output:
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=self.options.timeout,
+                check=False,
+            )
+        self.outputs.append(log.read_text(errors="replace"))
         if (done.returncode == 0) == dies:
-            tail = "\n".join(done.stdout.splitlines()[-40:])
+            tail = "\n".join(self.outputs[-1].splitlines()[-40:])
             raise CheckFailed(f"the job ended with exit code {done.returncode}:\n{tail}")
         return json.loads(result_file.read_text()) if result_file.exists() else []
 
@@ -406,7 +408,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(words)
     if options.processes is None:
-        options.processes = 2 if options.device == "cpu" else _gpus()
+        options.processes = 2 if options.device == "cpu" else visible_gpus()
     if options.processes not in (1, 2, 4, 8):
         parser.error(
             f"--processes must be 1, 2, 4 or 8, got {options.processes}"
@@ -415,7 +417,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _gpus() -> int:
+def visible_gpus() -> int:
     """The largest of 8, 4, 2, 1 that this machine has, or 0."""
     import torch
 

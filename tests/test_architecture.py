@@ -28,7 +28,7 @@ MAY_IMPORT = {
         {"numpy", "torch", "megatron"},
     ),
     "tools": (
-        TOP | {"__init__", "settings", "plan", "records", "simulate"},
+        TOP | {"__init__", "settings", "plan", "records", "simulate", "measure"},
         {"numpy", "tabulate", "tqdm", "yaml"},
     ),
     "cpu": ({"checks"}, {"torch", "megatron", "numpy"}),

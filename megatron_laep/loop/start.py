@@ -67,9 +67,7 @@ class Start:
     def active(self) -> bool:
         """Whether LAEP has anything to do: the job will be pruned or recorded, or its model was."""
         return (
-            self.config.enabled
-            or self.config.record_interval is not None
-            or self.expert_map is not None
+            self.config.enabled or self.config.recorded is not None or self.expert_map is not None
         )
 
     def expert_total(self) -> str:
@@ -99,7 +97,7 @@ class Start:
                 prunings = [leg.end for leg in legs]
                 plan = arguments.read_plan(args, self.config, prunings, self.expert_map)
             start = dataclasses.replace(self, legs=legs, plan=plan)
-        if self.config.record_interval is not None:
+        if self.config.recorded is not None:
             arguments.check_recording(args, self.config)
         if self.record is not None and self.expert_map is not None:
             arguments.check_model(self.record, args, self.source)

@@ -58,12 +58,12 @@ def check_arguments(args: Namespace, config: LaepConfig, legs: Sequence[Leg]) ->
 
 def check_recording(args: Namespace, config: LaepConfig) -> None:
     """What must hold for a job that records its loads, whether it prunes or not."""
-    flag = f"--laep-record-interval {config.record_interval}"
+    flag = config.recorded
     if args.save is None:
         raise Refusal(f"{flag} needs --save: the record goes to SAVE/laep; give --save FOLDER")
     if args.num_experts is None or not moe_layer_numbers(args):
         raise Refusal(
-            f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
+            f"{flag}: the model has no MoE layer, so there is nothing to record; remove the flag"
         )
     _refuse(args, When.RECORD, f"together with {flag}")
 

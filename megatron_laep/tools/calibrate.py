@@ -14,13 +14,11 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_laep.measure.fit import Fit, fit_experts, fit_transfer
 from megatron_laep.simulate.cost_inputs import Hardware, ModelShape, Parallelism
 from megatron_laep.tools.model_files import make, read_mapping
-
-if TYPE_CHECKING:
-    from megatron_laep.measure.fit import Fit
 
 _FAST = 1e9
 """In the place of a rate, GB/s, whose cost did not show."""
@@ -106,7 +104,6 @@ def calibrate(
     """Measures. A collective of all processes."""
     import torch
 
-    from megatron_laep.measure import fit as fits
     from megatron_laep.measure import operations as ops
 
     wide = parallelism.weight_bytes >= 4
@@ -131,7 +128,7 @@ def calibrate(
         seconds = ops.times(place, [experts], rounds)[0]
         samples.append((count, total, shape.ffn_matrices * shape.hidden * ffn, seconds))
         del experts
-    found["experts"] = fits.fit_experts(samples)
+    found["experts"] = fit_experts(samples)
     coefficients = found["experts"].coefficients
 
     # The peak is the best that was reached by any product, so that all shares are at most 1.
@@ -187,7 +184,7 @@ def calibrate(
         exchanges = [ops.exchange(place, number, shape.hidden) for number in rows]
         seconds_of = ops.times(place, exchanges, rounds, together=True)
         row_bytes = shape.hidden * place.dtype.itemsize * crossing
-        found["all-to-all"] = fits.fit_transfer(
+        found["all-to-all"] = fit_transfer(
             [(number * row_bytes, s) for number, s in zip(rows, seconds_of, strict=True)]
         )
         per_byte = found["all-to-all"].coefficients["byte"]
@@ -198,7 +195,7 @@ def calibrate(
             place, [ops.reduction(place, size) for size in sums], rounds, together=True
         )
         # A reduction scatters and gathers: each byte crosses twice.
-        found["all-reduce"] = fits.fit_transfer(
+        found["all-reduce"] = fit_transfer(
             [(2 * size * crossing, s) for size, s in zip(sums, seconds_of, strict=True)]
         )
         per_byte = found["all-reduce"].coefficients["byte"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import resource
 import runpy
@@ -154,6 +155,9 @@ def _killed(after_commit: bool):
         def commit_and_die(*inputs, **named):
             original(*inputs, **named)
             sys.stdout.flush()
+            # As when the machine goes: Megatron's checkpoint writers would outlive this process.
+            for child in multiprocessing.active_children():
+                child.kill()
             os.kill(os.getpid(), signal.SIGKILL)
 
         commit.commit = commit_and_die
@@ -245,6 +249,50 @@ def _device_bytes_used() -> int:
     return total - free
 
 
+def expert_times(
+    hidden: int, ffn: int, numbers: list[int], tokens: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of a forward and backward pass of a rank's experts, for each of some numbers of them at
+    equal tokens: one expert after the other, and by TransformerEngine's grouped GEMM where it is.
+    """
+    import torch
+
+    from megatron_laep.measure import operations as ops
+
+    place = ops.Place("cuda" if on_gpu() else "cpu", torch.bfloat16 if on_gpu() else torch.float32)
+    splits = [[tokens // n + (i < tokens % n) for i in range(n)] for n in numbers]
+    names = list(map(str, numbers))
+    experts = [ops.Experts(place, hidden, ffn, True, split) for split in splits]
+    times = ops.times(place, experts, rounds)
+    found = {"one after the other": dict(zip(names, times, strict=True))}
+    if on_gpu() and facts()["transformer_engine"] is not None:
+        times = ops.times(place, [_grouped(hidden, ffn, split) for split in splits], rounds)
+        found["TransformerEngine's grouped GEMM"] = dict(zip(names, times, strict=True))
+    return found
+
+
+def _grouped(hidden: int, ffn: int, split: list[int]):
+    """A forward and a backward pass of experts with SwiGLU as TransformerEngine groups them."""
+    import torch
+    from transformer_engine.pytorch import GroupedLinear
+
+    named = {"bias": False, "params_dtype": torch.bfloat16, "device": "cuda"}
+    first = GroupedLinear(len(split), hidden, 2 * ffn, **named)
+    second = GroupedLinear(len(split), ffn, hidden, **named)
+    tokens = torch.randn(
+        sum(split), hidden, dtype=torch.bfloat16, device="cuda", requires_grad=True
+    )
+
+    def run() -> None:
+        gate, up = first(tokens, split).chunk(2, dim=-1)
+        output = second(torch.nn.functional.silu(gate) * up, split)
+        output.backward(torch.ones_like(output))
+        for parameter in (tokens, *first.parameters(), *second.parameters()):
+            parameter.grad = None
+
+    return run
+
+
 def facts() -> dict[str, Any]:
     """What this runs on."""
     from importlib.metadata import PackageNotFoundError, version
@@ -270,7 +318,7 @@ def on_gpu() -> bool:
 
 KINDS = {
     function.__name__: function
-    for function in (train, count_synchronizations, remake_groups, facts)
+    for function in (train, count_synchronizations, remake_groups, expert_times, facts)
 }
 
 
@@ -282,15 +330,10 @@ def prepare() -> None:
         from megatron_laep import cpu
 
         cpu.enable()
-    import torch
-
     if on_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    from megatron.core.datasets import utils
+        import torch
 
-    # The wheel has the compiled helper and no Makefile to make it with.
-    if not (Path(utils.__file__).parent / "Makefile").exists():
-        utils.compile_helpers = lambda: None
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def test_two_variants_run_in_turns(bench, variants, tmp_path):
         rounds, counted = bench.measure(jobs, seconds=0, block=1, fewest=1, seed=0)
     finally:
         jobs.stop()
-    assert rounds.shape == (1, 2) and (rounds > 0).all()
+    assert rounds.shape == (1, 2, 2) and (rounds > 0).all()
     # Two iterations of two micro-batches of 4 x 256 tokens on two ranks, two experts each.
     for variant, tokens in zip(chosen, counted, strict=True):
         assert [row.sum() for row in tokens] == [2 * 2 * 4 * 256 * 2 * 2] * 2

@@ -61,7 +61,7 @@ def test_the_permutation_moves_experts(smoke, ranks):
 
 
 def test_without_a_gpu_it_says_what_to_do(smoke, capsys, monkeypatch):
-    monkeypatch.setattr(smoke, "_gpus", lambda: 0)
+    monkeypatch.setattr(smoke, "visible_gpus", lambda: 0)
     with pytest.raises(SystemExit, match="2"):
         smoke.parse_options([])
     assert "no GPU is visible, try --device cpu" in capsys.readouterr().err
