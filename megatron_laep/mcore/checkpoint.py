@@ -322,18 +322,15 @@ def _unread_shards_of_nobody() -> Iterator[None]:
 def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> None:
     """Every expert that the map keeps is held by exactly one EP rank of each replica."""
     # A sum and not a list of all ranks: what it costs does not grow with the job.
-    copies_LE = torch.zeros(
-        len(expert_map.layers),
-        max(layer_map.experts_before for layer_map in expert_map.layers),
-        dtype=torch.int64,
-    )
-    for copies_E, layer_map in zip(copies_LE, expert_map.layers, strict=True):
+    most = max(layer_map.experts_before for layer_map in expert_map.layers)
+    held_LE = [[0] * most for _ in expert_map.layers]
+    for held_E, layer_map in zip(held_LE, expert_map.layers, strict=True):
         layer = layers.get(layer_map.layer_number)
         for new in layer.local_expert_indices if layer is not None else ():
-            copies_E[layer_map.kept[new]] += 1
-    summed_LE = copies_LE.to(torch.cuda.current_device())
-    torch.distributed.all_reduce(summed_LE)
-    for copies, layer_map in zip(summed_LE.tolist(), expert_map.layers, strict=True):
+            held_E[layer_map.kept[new]] += 1
+    copies_LE = torch.tensor(held_LE, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(copies_LE)
+    for copies, layer_map in zip(copies_LE.tolist(), expert_map.layers, strict=True):
         replicas = max(copies)
         wanted = [0] * len(copies)
         for old in layer_map.kept:
