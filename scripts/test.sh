@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up the environment with what the tests need, and runs them. All arguments go to pytest:
 #
-#     scripts/test.sh                         # at most 12 minutes on two cores
-#     scripts/test.sh -m "long or not long"   # with those that take minutes each, as CI does
+#     scripts/test.sh                         # what CI runs: at most 12 minutes on two quiet cores
+#     scripts/test.sh -m "long or not long"   # everything, as scripts/full_check.sh does
 #     scripts/test.sh -x -k expert_map
 #
 # The environment is .venv in the repository, or your own, named by MEGATRON_LAEP_VENV; $PYTHON

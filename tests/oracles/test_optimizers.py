@@ -67,7 +67,16 @@ def pruned_map() -> ExpertMap:
     return from_kept(KEPT, experts_before=EXPERTS, expert_parallel_size=2, top_k=1, iteration=PRUNE)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# The others differ from these in one word each.
+IN_EVERY_RUN = ("sgd", "muon and lion, bf16", "layer-wise muon")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=() if kind in IN_EVERY_RUN else pytest.mark.long) for kind in KINDS
+    ],
+)
 def jobs(request, tmp_path_factory) -> dict[str, RunResult]:
     folder, kind = tmp_path_factory.mktemp("jobs"), KINDS[request.param]
 

@@ -184,63 +184,69 @@ def test_pruned_equals_masked_in_one_process(tmp_path) -> None:
     assert_same_run(runs["pruned"], runs["masked"])
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory) -> dict[str, RunResult]:
+# name -> all experts renumbered, what is left after a pruning, the layout.
+LAYOUTS = {
+    "EP 4": (
+        FOUR_ALL,
+        FOUR_KEPT,
+        {
+            "expert_model_parallel_size": 4,
+            **SHARDED,
+            "dist_ckpt_optim_fully_reshardable": True,
+            "check_weight_hash_across_dp_replicas_interval": 1,
+        },
+    ),
+    "EP x DP": (TWO_ALL, TWO_KEPT, {"expert_model_parallel_size": 2, **SHARDED}),
+    "PP x EP": (
+        TWO_ALL,
+        TWO_KEPT,
+        {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    ),
+    "TP x EP": (
+        TWO_ALL,
+        TWO_KEPT,
+        {
+            "expert_model_parallel_size": 2,
+            "tensor_model_parallel_size": 2,
+            # With 2, Megatron gathers unequal numbers of tokens, which gloo cannot.
+            "expert_tensor_parallel_size": 1,
+            "sequence_parallel": True,
+            "micro_batch_size": 2,
+        },
+    ),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "EP 4",
+        *(pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS if name != "EP 4"),
+    ],
+)
+def four(request, tmp_path_factory) -> dict[str, RunResult]:
     at = tmp_path_factory.mktemp("four")
-    ep2 = {"expert_model_parallel_size": 2}
-    layouts = {
-        "EP 4": (
-            FOUR_ALL,
-            FOUR_KEPT,
-            {
-                "expert_model_parallel_size": 4,
-                **SHARDED,
-                "dist_ckpt_optim_fully_reshardable": True,
-                "check_weight_hash_across_dp_replicas_interval": 1,
-            },
-        ),
-        "EP x DP": (TWO_ALL, TWO_KEPT, {**ep2, **SHARDED}),
-        "PP x EP": (TWO_ALL, TWO_KEPT, {**ep2, "pipeline_model_parallel_size": 2}),
-        "TP x EP": (
-            TWO_ALL,
-            TWO_KEPT,
-            {
-                **ep2,
-                "tensor_model_parallel_size": 2,
-                # With 2, Megatron gathers unequal numbers of tokens, which gloo cannot.
-                "expert_tensor_parallel_size": 1,
-                "sequence_parallel": True,
-                "micro_batch_size": 2,
-            },
-        ),
+    everything, kept, layout = LAYOUTS[request.param]
+    jobs = {
+        "stock": (False, flags(**layout)),
+        "permuted": mapped(at / "all", everything, **layout),
+        "pruned": mapped(at / "kept", kept, **layout),
+        "masked": masked(at / "kept", **layout),
     }
-    jobs = {}
-    for name, (everything, kept, layout) in layouts.items():
-        jobs[f"{name} stock"] = (False, flags(**layout))
-        jobs[f"{name} permuted"] = mapped(at / f"{name} all", everything, **layout)
-        jobs[f"{name} pruned"] = mapped(at / f"{name} kept", kept, **layout)
-        jobs[f"{name} masked"] = masked(at / f"{name} kept", **layout)
-    last = at / "EP 4 kept"
-    jobs["resumed with EP 4"] = resumed(last, **layouts["EP 4"][2])
-    jobs["resumed with EP 2"] = resumed(last, expert_model_parallel_size=2, **SHARDED)
+    if request.param == "EP 4":
+        jobs["resumed"] = resumed(at / "kept", **layout)
+        jobs["resumed with EP 2"] = resumed(at / "kept", expert_model_parallel_size=2, **SHARDED)
     return run_batch(jobs, world_size=4, timeout=800)
 
 
-LAYOUTS = ("EP 4", "EP x DP", "PP x EP", "TP x EP")
-
-
-@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_permuted_on_four_ranks(four, layout) -> None:
-    assert_same_run(four[f"{layout} permuted"], four[f"{layout} stock"])
+def test_permuted_on_four_ranks(four) -> None:
+    assert_same_run(four["permuted"], four["stock"])
 
 
-@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pruned_equals_masked_on_four_ranks(four, layout) -> None:
-    assert_same_run(four[f"{layout} pruned"], four[f"{layout} masked"])
+def test_pruned_equals_masked_on_four_ranks(four) -> None:
+    assert_same_run(four["pruned"], four["masked"])
 
 
 def assert_same_start(run: RunResult, reference: RunResult) -> None:
@@ -256,9 +262,9 @@ def test_resumed_without_expert_parallelism(two) -> None:
     assert_same_start(two["resumed without expert parallelism"], two["resumed"])
 
 
-@pytest.mark.long
 @pytest.mark.drift
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("four", ["EP 4"], indirect=True)
 def test_resumed_with_another_expert_parallel_size(four) -> None:
     # 22 experts, 7 5 9 1 on four ranks, are 11 and 11 on two; 5, none on two of four, are 3 and 2.
-    assert_same_start(four["resumed with EP 2"], four["resumed with EP 4"])
+    assert_same_start(four["resumed with EP 2"], four["resumed"])
