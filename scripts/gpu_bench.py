@@ -5,8 +5,8 @@
     scripts/gpu_bench.py --out FOLDER --processes 1
     scripts/gpu_bench.py --out FOLDER --device cpu --quick   # that it works, without one
 
-NOT RUN ON A GPU SO FAR by its authors, who had none. Needs torch and megatron-core and nothing else,
-downloads nothing, trains on mock data. TransformerEngine is used where it is installed. FOLDER gets
+NOT RUN ON A GPU SO FAR by its authors, who had none. Needs what scripts/gpu_smoke.sh
+needs, downloads nothing, trains on mock data. TransformerEngine is used where it is installed. FOLDER gets
 
     result.json         everything that was measured, with versions, devices and date
     counting.json       scripts/bench_overhead.py: a job in which counting takes turns with none

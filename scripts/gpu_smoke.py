@@ -5,8 +5,9 @@
     scripts/gpu_smoke.sh --processes 1 --json result.json
     scripts/gpu_smoke.sh --device cpu             # the same checks on two gloo processes
 
-NOT RUN ON A GPU SO FAR by its authors, who had none: with --device cpu only. Needs torch and
-megatron-core and nothing else, downloads nothing, and trains on mock data. TransformerEngine is used
+NOT RUN ON A GPU SO FAR by its authors, who had none: with --device cpu only. Needs torch, megatron-core and
+what these and this package import (numpy, tabulate; psutil for Megatron's checkpoints), downloads nothing,
+and trains on mock data. TransformerEngine is used
 where it is installed, for grouped GEMM; without it experts are computed one after the other.
 
 Exit code 0 if all checks passed, 1 at the first that did not; one JSON document on stdout or in the
@@ -201,23 +202,25 @@ class Smoke:
 
     def check_counting(self) -> dict[str, Any]:
         """Counting makes the host wait for nothing, and counts every token."""
-        arguments = self.flags("--train-iters", "4")
+        arguments = self.flags("--train-iters", "8")
         ranks = self.run({"kind": "count_synchronizations", "arguments": arguments})[0]
         # Two micro-batches of two sequences of 64 a rank; top-2; two layers.
         tokens = 2 * 2 * 64 * 2 * 2
         for rank in ranks:
             stock, counting = rank["stock"], rank["counting"]
-            if stock["waits"] != counting["waits"]:
+            for name in stock[0]["waits"]:
+                # Megatron's own waits vary: the fewest with counting against the most without.
+                fewest = min(item["waits"][name] for item in counting)
+                most = max(item["waits"][name] for item in stock)
+                at_most(fewest, most, f"{name} in an iteration that counts")
+            found = [item["tokens"] for item in (*stock, *counting)]
+            if found != [0] * len(stock) + [tokens] * len(counting):
                 raise CheckFailed(
-                    f"waits of the host: {stock['waits']}, with counting {counting['waits']}"
+                    f"tokens counted: {found}, wanted 0 in the {len(stock)} iterations without and "
+                    f"{tokens} in those with counting"
                 )
-            if (stock["tokens"], counting["tokens"]) != (0, tokens):
-                raise CheckFailed(
-                    f"tokens counted: {counting['tokens']}, wanted {tokens}; without counting "
-                    f"{stock['tokens']}, wanted 0"
-                )
-            if not stock["routings"] == counting["routings"] > 0:
-                raise CheckFailed(f"the profiler saw {stock} and {counting}: not two whole steps")
+            if min(item["routings"] for item in (*stock, *counting)) == 0:
+                raise CheckFailed("the profiler saw no routing, so it would see no waiting")
         return ranks[0]
 
     def check_permutation(self) -> dict[str, Any]:

@@ -129,7 +129,8 @@ class Experts:
 
 class DenseBlock:
     """Forward and backward pass of what every token passes in a MoE layer beside its experts: a norm,
-    attention without a fused kernel, a norm, the router, the tokens' way to their experts and back.
+    attention (a fused kernel on a GPU, none on the CPU, as the CPU platform has none), a norm, the router,
+    the tokens' way to their experts and back.
     """
 
     def __init__(self, place: Place, shape: ModelShape) -> None:
@@ -142,9 +143,10 @@ class DenseBlock:
             "out": place.tensor(shape.hidden, heads * width, gradient=True),
             "router": place.tensor(shape.num_experts, shape.hidden, gradient=True),
         }
-        length = shape.sequence_length
-        mask = torch.ones(length, length, dtype=torch.bool, device=place.device)
-        self.masked = mask.triu(diagonal=1)
+        self.masked = None
+        if place.device == "cpu":
+            length = shape.sequence_length
+            self.masked = torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
 
     def __call__(self) -> None:
         functional, shape = torch.nn.functional, self.shape
@@ -157,10 +159,16 @@ class DenseBlock:
             split = tensor.view(length, -1, width).transpose(0, 1)
             return split.repeat_interleave(heads // split.shape[0], dim=0)
 
-        scores = by_head(query) @ by_head(key).transpose(1, 2) * width**-0.5
-        scores = scores.masked_fill(self.masked, float("-inf")).softmax(dim=-1, dtype=torch.float32)
-        mixed = (scores.to(value.dtype) @ by_head(value)).transpose(0, 1)
-        attended_TA = mixed.reshape(length, heads * width)
+        heads_of = by_head(query), by_head(key), by_head(value)
+        if self.masked is None:
+            mixed = functional.scaled_dot_product_attention(*heads_of, is_causal=True)
+        else:
+            query, key, value = heads_of
+            scores = (query @ key.transpose(1, 2) * width**-0.5).masked_fill(
+                self.masked, -torch.inf
+            )
+            mixed = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+        attended_TA = mixed.transpose(0, 1).reshape(length, heads * width)
         stream_TH = self.tokens_TH + functional.linear(attended_TA, self.weights["out"])
         normed_TH = functional.rms_norm(stream_TH, (shape.hidden,))
         logits = functional.linear(normed_TH, self.weights["router"]).float()

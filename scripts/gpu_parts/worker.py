@@ -165,10 +165,10 @@ def _killed(after_commit: bool):
 
 
 def count_synchronizations(arguments: list[str]) -> dict[str, Any]:
-    """A job of four iterations: what the host waits for in one with Megatron's own routing, and in one
-    that counts, by torch's profiler; and the tokens that were counted.
+    """A job in which counting and Megatron's own routing take turns: for each, in each iteration behind
+    the first two, what the host waits for, by torch's profiler, and the tokens that were counted.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, list[dict[str, Any]]] = {"stock": [], "counting": []}
 
     def step(number, model, train_step, forward_step, data, *more, **named):
         from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -192,11 +192,13 @@ def count_synchronizations(arguments: list[str]) -> dict[str, Any]:
         after = sum(int(layer.laep_tokens_per_expert.sum()) for layer in layers.values())
         if number > 2:  # the first two warm up
             names = Counter(event.name for event in profiler.events())
-            found["stock" if stock else "counting"] = {
-                "waits": {name: names[name] for name in SYNCHRONIZING if names[name]},
-                "routings": names["aten::topk"],
-                "tokens": after - before,
-            }
+            found["stock" if stock else "counting"].append(
+                {
+                    "waits": {name: names[name] for name in SYNCHRONIZING},
+                    "routings": names["aten::topk"],
+                    "tokens": after - before,
+                }
+            )
         return result
 
     train(arguments, switch=step)
@@ -222,8 +224,9 @@ def remake_groups(times: int, expert_parallel: int) -> dict[str, Any]:
         parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
         for group in parallel_state._global_process_group_list or []:
             if group is not None:
-                number = torch.ones(1, device=torch.cuda.current_device())
-                dist.all_reduce(number, group=group)
+                gloo = dist.get_backend(group) == "gloo"
+                device = "cpu" if gloo else torch.cuda.current_device()
+                dist.all_reduce(torch.ones(1, device=device), group=group)
         torch.cuda.synchronize()
         rebuild.tear_down()
         gc.collect()
@@ -330,6 +333,11 @@ def prepare() -> None:
         from megatron_laep import cpu
 
         cpu.enable()
+        # Torch's own, as on a GPU without TransformerEngine and apex.
+        import torch
+        from megatron.core import optimizer
+
+        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
     if on_gpu():
         import torch
 
