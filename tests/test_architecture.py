@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "records": ({"checks", "json_text", "settings", "plan"}, {"numpy"}),
     "statistics": ({"checks", "events", "settings", "plan", "records"}, {"numpy", "torch"}),
     "simulate": ({"checks", "json_text", "settings", "plan"}, {"numpy", "yaml"}),
-    "measure": ({"checks", "simulate"}, {"numpy", "torch"}),
+    "measure": ({"checks", "simulate", "cpu"}, {"numpy", "torch"}),
     "mcore": (
         TOP | {"settings", "plan", "records", "statistics"},
         {"numpy", "torch", "megatron"},

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_laep.cpu.fused_adam import FusedAdam
 from megatron_laep.simulate.cost_inputs import ModelShape
 
 
@@ -186,8 +187,9 @@ class DenseBlock:
 
 
 class OptimizerPass:
-    """What a step does once with all parameters of a rank: norm of the gradients, Adam in fp32 on two
-    moments, new weights, gradients to zero. Parameters of the experts' sizes.
+    """What a step does once with all parameters of a rank: norm of the gradients, clipping, Adam in fp32
+    on two moments, new weights, gradients to zero. Parameters of the experts' sizes. On the CPU with
+    the CPU platform's own Adam, whose passes over memory are what it costs.
     """
 
     def __init__(self, place: Place, sizes: Sequence[int]) -> None:
@@ -196,12 +198,13 @@ class OptimizerPass:
         ]
         self.weights = [torch.zeros(size, device=place.device, dtype=place.dtype) for size in sizes]
         self.gradients = [torch.full((size,), 1e-3, device=place.device) for size in sizes]
-        # foreach off: one parameter after the other, as the CPU platform's and Megatron's own loop.
-        self.adam = torch.optim.AdamW(self.parameters, foreach=place.device == "cuda")
+        on_cpu = place.device == "cpu"
+        self.adam = (FusedAdam if on_cpu else torch.optim.AdamW)(self.parameters, weight_decay=0.01)
 
     def __call__(self) -> None:
         with torch.no_grad():
-            sum(gradient.square().sum() for gradient in self.gradients)
+            norm = sum(gradient.square().sum() for gradient in self.gradients).sqrt()
+            torch._foreach_mul_(self.gradients, float(torch.clamp(1 / norm, max=1.0)))
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         self.adam.step()

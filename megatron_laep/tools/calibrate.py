@@ -20,6 +20,9 @@ from megatron_laep.measure.fit import Fit, fit_experts, fit_transfer
 from megatron_laep.simulate.cost_inputs import Hardware, ModelShape, Parallelism
 from megatron_laep.tools.model_files import make, read_mapping
 
+_MOST_PARAMETERS = 2**26
+"""That the optimizer's pass is measured with: half a GiB of moments."""
+
 _FAST = 1e9
 """In the place of a rate, GB/s, whose cost did not show."""
 
@@ -145,7 +148,11 @@ def calibrate(
 
     copied = (32 if device == "cpu" else 512) * 2**20
     memory = 2 * copied / ops.times(place, [ops.copy(place, copied)], rounds)[0]
-    parameters = [shape.hidden * shape.expert_ffn] * min(shape.ffn_matrices * most, 48)
+    layers = max(1, len(shape.moe_layers) // parallelism.pipeline)
+    matrix = shape.hidden * shape.expert_ffn
+    # As many as a rank holds, since large amounts pass no cache; and not more than fits anywhere.
+    number = min(shape.ffn_matrices * most * layers, max(1, _MOST_PARAMETERS // matrix))
+    parameters = [matrix] * number
     touched = 2 * parallelism.optimizer_bytes + parallelism.gradient_bytes
     touched += parallelism.weight_bytes
     seconds = ops.times(place, [ops.OptimizerPass(place, parameters)], rounds)[0]
