@@ -203,7 +203,9 @@ class OptimizerPass:
 
     def __call__(self) -> None:
         with torch.no_grad():
-            norm = sum(gradient.square().sum() for gradient in self.gradients).sqrt()
+            norm = (
+                torch.stack([gradient.square().sum() for gradient in self.gradients]).sum().sqrt()
+            )
             torch._foreach_mul_(self.gradients, float(torch.clamp(1 / norm, max=1.0)))
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
