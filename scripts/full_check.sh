@@ -19,7 +19,7 @@ words_of() {
     case $1 in
         lint) echo "scripts/lint.sh" ;;
         tests) echo "scripts/test.sh" ;;
-        long) echo "scripts/test.sh -m long" ;;
+        long) echo "scripts/test.sh -m long -n 2 --dist loadfile" ;;
         arithmetics) echo "scripts/check_arithmetics.sh --long" ;;
         overhead) echo "$VENV_PYTHON scripts/bench_overhead.py" ;;
         uneven) echo "$VENV_PYTHON scripts/bench_uneven.py" ;;

@@ -1,11 +1,12 @@
-"""Pretrains a GPT with Megatron-LM's training loop; needs the megatron-core wheel (0.19) only.
+"""Pretrains a GPT or a hybrid stack with Megatron-LM's loop; needs the megatron-core wheel (0.19) only.
 
 On GPUs:
     torchrun --nproc-per-node 8 scripts/pretrain_gpt.py <Megatron's flags>
 With LAEP:
     torchrun --nproc-per-node 8 -m megatron_laep scripts/pretrain_gpt.py <Megatron's, LAEP's flags>
 
-Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data.
+Knows Megatron's parallelisms, mixture of experts, multi-token prediction, blended or mock data. With
+--hybrid-layer-pattern it builds what Megatron-LM's pretrain_hybrid.py builds.
 Does not know packed sequences (SFT, inter-document masking), fill-in-the-middle, distillation:
 Megatron-LM's own pretrain_gpt.py does. The module keeps no state, so that it can be run again in
 the same process.
@@ -33,7 +34,11 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -233,7 +238,9 @@ def main() -> None:
                 "use Megatron-LM's own pretrain_gpt.py, which starts under `python -m "
                 "megatron_laep` as well"
             )
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    hybrid = args.hybrid_layer_pattern is not None
+    model = hybrid_config_from_args(args) if hybrid else gpt_config_from_args(args)
+    config = pretrain_cfg_container_from_args(args, model)
     pretrain(
         config,
         provide_datasets,

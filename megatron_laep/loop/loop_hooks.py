@@ -36,6 +36,7 @@ from megatron_laep.mcore.moe_layer import (
     LaepMoELayer,
     config_of_layer,
     config_of_mtp,
+    in_counting_layers,
     set_layer_counts,
 )
 from megatron_laep.mcore.quantile_balancing import with_any_experts
@@ -58,6 +59,11 @@ def hooks() -> list[Hook]:
         Hook(
             "megatron.core.transformer.transformer_block:TransformerBlock._build_layers",
             _build_layers,
+        ),
+        Hook("megatron.core.models.hybrid.hybrid_block:HybridStack.__init__", _init_hybrid_stack),
+        Hook(
+            "megatron.core.transformer.transformer_layer:TransformerLayer.__init__",
+            _init_transformer_layer,
         ),
         Hook(
             "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer.__init__",
@@ -148,6 +154,28 @@ def _build_layers(original):
         return original(self)
 
     return build_layers
+
+
+def _init_hybrid_stack(original):
+    def init(self, config, submodules, *more, **named):
+        start = session.active_start
+        if start is not None:
+            submodules = in_counting_layers(submodules)
+            if start.expert_map is not None:
+                set_layer_counts(config, start.layout())
+        original(self, config, submodules, *more, **named)
+
+    return init
+
+
+def _init_transformer_layer(original):
+    def init(self, config, submodules, layer_number=1, *more, **named):
+        # Only a hybrid stack gives its layers their final numbers.
+        if session.active_start is not None and not named.get("add_layer_offset", True):
+            config = config_of_layer(config, layer_number)
+        original(self, config, submodules, layer_number, *more, **named)
+
+    return init
 
 
 def _init_mtp_layer(original):

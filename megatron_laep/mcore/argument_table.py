@@ -123,3 +123,8 @@ OPTIONAL = {
     "override_ckpt_iteration": Optional(None, "refuse to set the iteration back"),
     "yaml_cfg": Optional(None, "refuse flags that a YAML file would drop"),
 }
+
+# Added to the parser by scripts that come with Megatron-LM.
+OF_SCRIPTS = {
+    "flextron": Optional(False, "refuse masks that do not find a layer that counts"),
+}

@@ -86,7 +86,10 @@ def _check_alpha(args: Namespace, config: LaepConfig) -> None:
 
 def _check_experts(args: Namespace, config: LaepConfig) -> None:
     if args.num_experts is None or not moe_layer_numbers(args):
-        why = "--num-experts is not given" if args.num_experts is None else "see --moe-layer-freq"
+        why = "--num-experts is not given"
+        if args.num_experts is not None:
+            hybrid = args.hybrid_layer_pattern is not None
+            why = "see --hybrid-layer-pattern" if hybrid else "see --moe-layer-freq"
         raise Refusal(
             f"{config.prune_flag}: the model has no MoE layer ({why}), "
             "so there is nothing to prune; remove the --laep flags"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -182,7 +183,8 @@ def set_layer_counts(config: TransformerConfig, expert_map: ExpertMap) -> None:
 
     ``TransformerBlock`` asks ``config.get_config_for_layer(n)`` when ``heterogeneous_block_specs`` is
     set, and then also writes one checkpoint key for each layer. Nothing asks it for the layers of
-    multi-token prediction, which have keys of their own anyway: a hook gives them ``config_of_layer``.
+    multi-token prediction and of hybrid stacks, which have keys of their own anyway: hooks give them
+    ``config_of_layer``.
     """
     slots = 0
     if config.moe_token_dispatcher_type == "flex":
@@ -227,16 +229,36 @@ def config_of_mtp(config: TransformerConfig, layers_before: int) -> TransformerC
     return mtp_config
 
 
+def in_counting_layers(submodules: HybridStackSubmodules) -> HybridStackSubmodules:
+    """A hybrid stack's spec with the drop-in where it names ``MoELayer``.
+
+    Megatron makes its own specs of hybrid stacks while it is imported, before anything can be hooked.
+    """
+    layer = submodules.moe_layer
+    mlp = getattr(getattr(layer, "submodules", None), "mlp", None)
+    if not (isinstance(mlp, functools.partial) and mlp.func is MoELayer):
+        return submodules  # ``find_layers`` complains, if it is none of ours
+    mlp = functools.partial(LaepMoELayer, *mlp.args, **mlp.keywords)
+    layer = replace(layer, submodules=replace(layer.submodules, mlp=mlp))
+    return replace(submodules, moe_layer=layer)
+
+
 def find_layers(model: list[torch.nn.Module]) -> dict[int, LaepMoELayer]:
     """The MoE layers that live on this rank, by their number in the whole model.
 
     Raises:
-        ValueError: a MoE layer is not the drop-in, so its tokens would go uncounted.
+        ValueError: a MoE layer is not the drop-in, so its tokens would go uncounted; or two have one
+            number.
     """
     layers = {}
     for chunk in model:
         for name, module in chunk.named_modules():
             if isinstance(module, LaepMoELayer):
+                if module.number in layers:
+                    raise Refusal(
+                        f"{name} is a second MoE layer {module.number}: the model has another model in "
+                        "it, as a teacher in distillation; remove the --laep flags, or train without it"
+                    )
                 layers[module.number] = module
             elif isinstance(module, MoELayer):
                 raise Refusal(

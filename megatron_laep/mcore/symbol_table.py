@@ -50,6 +50,7 @@ _CPU = "cpu.platform"
 _LOOP = "megatron.training.training"
 _SAVES = "megatron.training.checkpointing"
 _MAPPING = f"{_CORE}.dist_checkpointing.mapping"
+_HYBRID = f"{_CORE}.models.hybrid.hybrid_block"
 _MTP = f"{_CORE}.transformer.multi_token_prediction"
 _MOE_LAYER = f"{_CORE}.transformer.moe.moe_layer"
 _DISPATCHER = f"{_CORE}.transformer.moe.token_dispatcher"
@@ -95,6 +96,17 @@ HOOKED = (
         takes="self",
         exactly=True,
         looks_up="heterogeneous_block_specs, get_config_for_layer",
+    ),
+    Symbol(
+        f"{_HYBRID}:HybridStack.__init__",
+        "put the counting layer into hybrid stacks, whose spec is made at import",
+        takes="self, config, submodules",
+        looks_up="moe_layer",
+    ),
+    Symbol(
+        f"{_CORE}.transformer.transformer_layer:TransformerLayer.__init__",
+        "give each layer of a hybrid stack its own experts: the stack asks for no config by layer",
+        takes="self, config, submodules, layer_number, *, add_layer_offset",
     ),
     Symbol(
         f"{_MTP}:MultiTokenPredictionLayer.__init__",
@@ -354,6 +366,11 @@ USED = (
     ),
     Symbol(
         f"{_CONFIG}.num_layers", "number the layers of multi-token prediction after the decoder's"
+    ),
+    Symbol(
+        f"{_HYBRID}:HybridStackSubmodules",
+        "put the counting layer into hybrid stacks",
+        takes="*, moe_layer",
     ),
     Symbol(
         f"{_MTP}:get_mtp_layer_offset",

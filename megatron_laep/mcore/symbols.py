@@ -18,7 +18,13 @@ from types import CodeType
 from typing import Any
 
 from megatron_laep.checks import Refusal
-from megatron_laep.mcore.argument_table import OPTIONAL, PARSED, RUNNING, VALIDATED
+from megatron_laep.mcore.argument_table import (
+    OF_SCRIPTS,
+    OPTIONAL,
+    PARSED,
+    RUNNING,
+    VALIDATED,
+)
 from megatron_laep.mcore.symbol_table import SYMBOLS, Symbol
 
 MISSING = "is missing"
@@ -54,9 +60,10 @@ def check_validated(args: Namespace) -> None:
 
 
 def argument(args: Namespace, name: str) -> Any:
-    """The value of a listed argument; the listed default where this Megatron does not have it."""
-    if name in OPTIONAL:
-        return getattr(args, name, OPTIONAL[name].default)
+    """The value of a listed argument; the listed default where this Megatron, or the script, has none."""
+    for table in (OPTIONAL, OF_SCRIPTS):
+        if name in table:
+            return getattr(args, name, table[name].default)
     if name not in PARSED and name not in VALIDATED and name not in RUNNING:
         raise KeyError(f"argument {name!r} is not in argument_table")
     return getattr(args, name)

@@ -96,13 +96,6 @@ ROWS = (
     ),
     Row(
         When.MODEL,
-        "--hybrid-layer-pattern {hybrid_layer_pattern}",
-        lambda args, _: args.hybrid_layer_pattern is not None,
-        "a hybrid stack gives all its layers one config",
-        "only GPT models can be pruned",
-    ),
-    Row(
-        When.MODEL,
         "--heterogeneous-layers-config-path (or -encoded-json)",
         lambda args, _: (
             args.heterogeneous_layers_config_path is not None
@@ -144,6 +137,14 @@ ROWS = (
         "running job, and layers with different experts were never captured",
         "remove it",
         shown="`--cuda-graph-impl`, any but `none`",
+    ),
+    Row(
+        When.MODEL,
+        "--flextron",
+        lambda args, _: symbols.argument(args, "flextron"),
+        "its sub-models are lists of numbers of experts, the same for all layers, and its masks do not find "
+        "a layer of a class of its own",
+        "prune in a job of its own, before or after",
     ),
     Row(
         When.MODEL,
@@ -347,9 +348,9 @@ ROWS = (
     # -- records --------------------------------------------------------------------------------------
     Row(
         When.RECORD,
-        "--hybrid-layer-pattern {hybrid_layer_pattern}",
-        lambda args, _: args.hybrid_layer_pattern is not None,
-        "the record would not tell its layers apart",
+        "--flextron",
+        lambda args, _: symbols.argument(args, "flextron"),
+        "its masks do not find a layer of a class of its own, one that counts",
         "remove --laep-record-interval",
     ),
 )

@@ -254,6 +254,31 @@ def test_how_tokens_are_routed_does_not_matter(tmp_path, flags):
     in_megatron(parsed, job(tmp_path, **flags, **uneven), env=ranks(2)).result()
 
 
+HYBRID = {
+    "its name": {"hybrid_layer_pattern": "*E-E/*E/*E"},
+    "its older names": {
+        "hybrid_override_pattern": "*E-E",
+        "mtp_hybrid_override_pattern": "*E",
+        "mtp_num_layers": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("flags", HYBRID.values(), ids=HYBRID)
+def test_hybrid_stacks_are_pruned_under_their_own_numbers(tmp_path, flags):
+    """`tests/oracles/test_hybrid.py` runs such jobs."""
+    named = {"laep_alpha": "0.4:1-4,0.2:5-8"}
+    args = in_megatron(parsed, job(tmp_path, **flags, **named)).result()
+    assert args["hybrid_layer_pattern"] == "*E-E/*E/*E" and args["num_layers"] == 4
+    outcome = in_megatron(parsed, job(tmp_path, **flags, laep_alpha="0.4:1-4"))
+    assert_complaint(outcome, "--laep-alpha", "layer 6 is mtp 1.2, 8 is mtp 2.2")
+
+
+def test_a_hybrid_stack_without_experts_has_nothing_to_prune(tmp_path):
+    outcome = in_megatron(parsed, job(tmp_path, hybrid_layer_pattern="*-*-"))
+    assert_complaint(outcome, "the model has no MoE layer (see --hybrid-layer-pattern)")
+
+
 FORCED = [{"moe_router_force_load_balancing": True}, {"moe_router_force_biased": -0.5}]
 
 

@@ -28,7 +28,6 @@ SOUND = dict(
     fp8_recipe="delayed",
     heterogeneous_layers_config_encoded_json=None,
     heterogeneous_layers_config_path=None,
-    hybrid_layer_pattern=None,
     micro_batch_size=1,
     num_experts=8,
     seq_length=4,
@@ -84,10 +83,6 @@ GIVEN = {
         {"mtp_num_layers": 2, "pipeline_model_parallel_size": 4},
         "--mtp-num-layers 2 with pipeline stages and tied embeddings",
     ),
-    "--hybrid-layer-pattern {hybrid_layer_pattern}": (
-        {"hybrid_layer_pattern": "*E*E"},
-        "--hybrid-layer-pattern *E*E",
-    ),
     "--heterogeneous-layers-config-path (or -encoded-json)": (
         {"heterogeneous_layers_config_path": "layers.json"},
         "--heterogeneous-layers-config-path (or -encoded-json)",
@@ -102,6 +97,7 @@ GIVEN = {
         {"cuda_graph_impl": "local"},
         "--cuda-graph-impl local",
     ),
+    "--flextron": ({"flextron": True}, "--flextron"),
     "--moe-use-upcycling": ({"moe_use_upcycling": True}, "--moe-use-upcycling"),
     "--non-persistent-ckpt-type local": (
         {"non_persistent_ckpt_type": "local"},

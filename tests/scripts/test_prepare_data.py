@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.support.forks import Outcome, in_megatron
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 END = 256
@@ -38,39 +40,37 @@ def keep_signal_handler():
     signal.signal(signal.SIGTERM, before)
 
 
+def documents(prefix: str) -> tuple[str, list[int], list[list[int]]]:
+    """(dtype, document indices, documents) as Megatron's own reader sees them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(prefix)
+    found = [data[i].tolist() for i in range(len(data))]
+    return data.index.dtype.__name__, data.document_indices.tolist(), found
+
+
+def script(arguments: list[str]) -> None:
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 # Megatron is imported in other processes only: tests that enable the CPU platform in this one need
 # it not to be there. Of the script itself only what fails before it writes is called in this
 # process.
-READ = """
-import json, sys
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-data = IndexedDataset(sys.argv[1])
-documents = [data[i].tolist() for i in range(len(data))]
-print(json.dumps([data.index.dtype.__name__, data.document_indices.tolist(), documents]))
-"""
-
-
 def read(prefix: Path) -> tuple[str, list[list[int]]]:
-    """(dtype, documents) as Megatron's own reader sees them."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READ, str(prefix)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    dtype, document_indices, found = json.loads(result.stdout.splitlines()[-1])
+    """(dtype, documents)."""
+    dtype, document_indices, found = in_megatron(documents, str(prefix)).result()
     assert document_indices == list(range(len(found) + 1))
     return dtype, found
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def run(*arguments: object) -> Outcome:
+    return in_megatron(script, [*map(str, arguments)])
+
+
+def exit_code(outcome: Outcome) -> int:
+    assert outcome.error == "SystemExit", outcome.output
+    return int(outcome.message)
 
 
 def as_bytes(*texts: bytes) -> list[list[int]]:
@@ -96,24 +96,24 @@ def test_megatron_reads_back_the_bytes(tmp_path):
         "--suffix", ".md", "--json-key", "body", "--output-prefix", tmp_path / "out" / "data",
     )  # fmt: skip
 
-    assert result.returncode == 0, result.stderr
+    assert exit_code(result) == 0, result.output
     dtype, found = read(tmp_path / "out" / "data")
     assert dtype == "uint16"
     assert found == as_bytes(
         "zuerst: äö\n".encode(), b"deep", b"\xff not UTF-8", b"one", "zwei ä".encode()
     )
     tokens = sum(map(len, found))
-    assert f"5 documents, {tokens} tokens" in result.stdout
+    assert f"5 documents, {tokens} tokens" in result.output
     assert (
         f"--data-path {tmp_path / 'out' / 'data'} --tokenizer-type NullTokenizer --vocab-size 257"
-        in result.stdout
+        in result.output
     )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.bin", "data.idx"]
 
 
 def test_stdlib_is_sorted_and_the_same_twice(tmp_path, prepare_data):
     for name in "ab":
-        assert run("--stdlib", "--output-prefix", tmp_path / name).returncode == 0
+        assert exit_code(run("--stdlib", "--output-prefix", tmp_path / name)) == 0
     for suffix in (".bin", ".idx"):
         first, second = (
             hashlib.sha256((tmp_path / (name + suffix)).read_bytes()).digest() for name in "ab"
@@ -153,16 +153,16 @@ def test_tokenizer_json(tmp_path):
         tmp_path / "data",
     )
 
-    assert result.returncode == 0, result.stderr
+    assert exit_code(result) == 0, result.output
     assert read(tmp_path / "data") == ("int32", [[2, 70_000, 0, 2, 1]])
-    assert "--vocab-size 70001 --null-tokenizer-eod-id 1" in result.stdout
+    assert "--vocab-size 70001 --null-tokenizer-eod-id 1" in result.output
 
     refused = run(
         tmp_path / "text.txt", "--tokenizer-json", tmp_path / "tokenizer.json",
         "--eod-token", "</s>", "--output-prefix", tmp_path / "data",
     )  # fmt: skip
-    assert refused.returncode == 2
-    assert "no token '</s>'" in refused.stderr and "--eod-token" in refused.stderr
+    assert exit_code(refused) == 2
+    assert "no token '</s>'" in refused.output and "--eod-token" in refused.output
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_a_failure_keeps_the_data_of_before(tmp_path):
     """It fails after the first document was written, and takes only its own half file away."""
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnonsense\n')
-    assert run(tmp_path / "good.txt", "--output-prefix", tmp_path / "data").returncode == 0
+    assert exit_code(run(tmp_path / "good.txt", "--output-prefix", tmp_path / "data")) == 0
     failed = run(tmp_path / "bad.jsonl", "--output-prefix", tmp_path / "data")
-    assert failed.returncode == 2 and "bad.jsonl, line 2: not JSON" in failed.stderr
+    assert exit_code(failed) == 2 and "bad.jsonl, line 2: not JSON" in failed.output
     assert read(tmp_path / "data")[1] == as_bytes(b"good")
     assert sorted(path.name for path in tmp_path.glob("data*")) == ["data.bin", "data.idx"]
 

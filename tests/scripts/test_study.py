@@ -386,6 +386,7 @@ for name, source in (("train", "argparse"), ("valid", "json/decoder"), ("test", 
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.long
 def test_a_run_is_killed_continued_and_collected(tmp_path):
     """With the driver; the run goes on from its checkpoint, and is not repeated when it has ended."""
     name = f"{DEFAULT}-seed1"

@@ -254,6 +254,20 @@ def test_counter_in_unusual_places():
     }
 
 
+def count_two_models():
+    from megatron_laep.mcore.moe_layer import find_layers
+
+    prepare()
+    find_layers([build_block()[0], build_block()[0]])
+
+
+def test_a_second_model_in_the_model_is_refused():
+    outcome = in_megatron(count_two_models)
+    assert outcome.error == "Refusal"
+    assert "layers.0.mlp is a second MoE layer 1: " in outcome.message
+    assert "teacher" in outcome.message
+
+
 # ----------------------------------------------------------------------------------------------
 # Megatron's own loop, two processes
 

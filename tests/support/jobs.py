@@ -88,8 +88,6 @@ UNSUPPORTED = {
         },
         ["--moe-pad-expert-input-to-capacity", "--moe-token-dispatcher-type alltoall"],
     ),
-    "hybrid": ({"hybrid_layer_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
-    "hybrid, old name": ({"hybrid_override_pattern": "*E*E"}, ["--hybrid-layer-pattern *E*E"]),
     "heterogeneous": (HETEROGENEOUS_FLAGS, ["--heterogeneous-layers-config-path"]),
     "upcycling": ({"moe_use_upcycling": True}, ["--moe-use-upcycling"]),
 }

@@ -39,18 +39,21 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
         pruned[expert_map["iteration"]] = {
             layer["layer_number"]: layer["kept"] for layer in expert_map["layers"]
         }
+    # A function of the same name hides the module in its package.
+    finalize_model_grads = sys.modules["megatron.core.distributed.finalize_model_grads"]
     seams = (
         (router.TopKRouter, "gating"),
         (router, "qb_dual_update"),
-        # A function of the same name hides the module in its package.
-        (sys.modules["megatron.core.distributed.finalize_model_grads"], "_update_router_qb_beta"),
+        (finalize_model_grads, "_update_router_qb_beta"),
+        (finalize_model_grads, "_update_router_expert_bias"),
         (moe_utils, "get_capacity"),
         (token_dispatcher, "get_capacity"),
         (MultiTokenPredictionLayer, "__init__"),
         (training, "train_step"),
     )
     stock = [getattr(owner, name) for owner, name in seams]
-    gating, qb_dual_update, update_router_qb_beta, get_capacity, _, init_mtp, train_step = stock
+    gating, qb_dual_update, update_qb_beta, update_expert_bias, get_capacity, *_ = stock
+    init_mtp, train_step = stock[-2:]
     routing = None  # the router that has run last: its tokens are sent before another one runs
 
     def kept(layer_router) -> list[int]:
@@ -80,6 +83,9 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
         logits = gating(self, tokens)
         mask = torch.ones(logits.shape[-1], dtype=torch.bool)
         mask[list(kept(self))] = False
+        if self.expert_bias is not None:
+            # Else a bias could lift an expert whose score is zero.
+            self.expert_bias.masked_fill_(mask, float("-inf"))
         return logits.masked_fill(mask, float("-inf"))
 
     def masked_quantiles(scores, k, beta, update_beta=True):
@@ -91,19 +97,25 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
             _, quantile[experts] = qb_dual_update(scores[:rows, experts], k, beta[experts], True)
         return experts[indices], quantile
 
-    def masked_update(model, *more, **named):
-        for layer_router in (m for chunk in model for m in chunk.modules()):
-            if getattr(layer_router, "qb_beta", None) is not None:
+    def masked_update(update, vector: str, accumulated: str, others: tuple[str, ...] = ()):
+        """Each router's kept experts by themselves: `update` sees their entries, and no others."""
+
+        def update_kept(model, *more, **named):
+            for layer_router in (m for chunk in model for m in chunk.modules()):
+                if getattr(layer_router, vector, None) is None:
+                    continue
                 experts = list(kept(layer_router))
                 of_kept = SimpleNamespace(
                     training=layer_router.training,
-                    qb_beta=layer_router.qb_beta[experts],
-                    qb_beta_accum=layer_router.qb_beta_accum[experts],
-                    qb_beta_count=layer_router.qb_beta_count,
+                    **{
+                        name: getattr(layer_router, name)[experts] for name in (vector, accumulated)
+                    },
+                    **{name: getattr(layer_router, name) for name in others},
                 )
-                chunk = SimpleNamespace(modules=lambda of_kept=of_kept: [of_kept])
-                update_router_qb_beta([chunk], *more, **named)
-                layer_router.qb_beta[experts] = of_kept.qb_beta
+                update([SimpleNamespace(modules=lambda of_kept=of_kept: [of_kept])], *more, **named)
+                getattr(layer_router, vector)[experts] = getattr(of_kept, vector)
+
+        return update_kept
 
     def masked_capacity(num_tokens, num_experts, *more, **named):
         return get_capacity(num_tokens, len(kept(routing)), *more, **named)
@@ -116,7 +128,8 @@ def mask_routers(*map_files: str) -> Callable[[], None]:
         (
             masked_gating,
             masked_quantiles,
-            masked_update,
+            masked_update(update_qb_beta, "qb_beta", "qb_beta_accum", ("qb_beta_count",)),
+            masked_update(update_expert_bias, "expert_bias", "local_tokens_per_expert"),
             masked_capacity,
             masked_capacity,
             init_numbered_mtp,

@@ -195,7 +195,7 @@ def run_megatron(
 
 
 def run_batch(
-    jobs: Mapping[str, tuple], world_size: int, *, timeout: float = 300.0
+    jobs: Mapping[str, tuple], world_size: int, *, timeout: float = 300.0, path: str = ""
 ) -> dict[str, RunResult]:
     """Runs jobs one after the other in the same processes (see `batch.py`), and tells them apart by name.
 
@@ -203,13 +203,14 @@ def run_batch(
         jobs: for each name, whether it runs under megatron_laep, its command line and, to mask the experts that a map
             drops, the map's file.
         timeout: seconds for all of them together.
+        path: as of `run_megatron`.
 
     Returns:
         A result for each name; `exact` is its own, logs and exit codes are those of the whole batch.
     """
     with tempfile.TemporaryDirectory(prefix="megatron-batch-") as scratch:
-        path = Path(scratch) / "jobs.json"
-        path.write_text(
+        listed = Path(scratch) / "jobs.json"
+        listed.write_text(
             json.dumps(
                 [
                     {
@@ -225,9 +226,10 @@ def run_batch(
             [PRETRAIN_GPT],
             world_size,
             launcher=(str(SUPPORT / "batch.py"),),
-            script=path,
+            script=listed,
             env={"EXACT_LOG_BASE": scratch},
             timeout=timeout,
+            path=path,
         )
         results = {}
         for number, name in enumerate(jobs):

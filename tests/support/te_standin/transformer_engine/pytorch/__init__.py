@@ -149,6 +149,6 @@ class DotProductAttention(torch.nn.Module):
             raise ValueError(f"stand-in: got attn_mask_type {attn_mask_type}, wanted causal")
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
         )
         return out.permute(2, 0, 1, 3).flatten(2)

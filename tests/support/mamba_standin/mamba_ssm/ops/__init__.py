@@ -1,0 +1,1 @@
+"""STAND-IN, see mamba_ssm."""
