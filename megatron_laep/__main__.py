@@ -37,9 +37,6 @@ def main() -> None:
         print(_USAGE, end="")
         sys.exit(0 if len(sys.argv) >= 2 else 2)
     script = sys.argv[1]
-    if not os.path.isfile(script):
-        print(f"megatron_laep: the script {script} does not exist", file=sys.stderr)
-        sys.exit(2)
     try:
         _launch(script)
     except Refusal as refusal:
@@ -51,6 +48,8 @@ def main() -> None:
 
 
 def _launch(script: str) -> None:
+    if not os.path.isfile(script):
+        raise Refusal(f"the script {script} does not exist")
     # Looked up here, not in the platform's package, so that a GPU run does not even import it.
     if os.environ.get("MEGATRON_LAEP_PLATFORM", "") not in ("", "gpu"):
         from megatron_laep import cpu

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_laep"
 # What the modules of each folder may import at their top: other folders and files of the package, and
-# packages beside the standard library. The order is that of LAYERS: nothing imports upwards.
+# packages beside the standard library. None imports a folder below it.
 TOP = {"checks", "json_text", "events", "pruned_checkpoint"}
 MAY_IMPORT = {
     "settings": ({"checks"}, set()),
@@ -18,7 +18,6 @@ MAY_IMPORT = {
     "records": ({"checks", "json_text", "settings", "plan"}, {"numpy"}),
     "statistics": ({"checks", "events", "settings", "plan", "records"}, {"numpy", "torch"}),
     "simulate": ({"checks", "json_text", "settings", "plan"}, {"numpy", "yaml"}),
-    "measure": ({"checks", "simulate", "cpu"}, {"numpy", "torch"}),
     "mcore": (
         TOP | {"settings", "plan", "records", "statistics"},
         {"numpy", "torch", "megatron"},
@@ -27,11 +26,12 @@ MAY_IMPORT = {
         TOP | {"settings", "plan", "records", "statistics", "mcore"},
         {"numpy", "torch", "megatron"},
     ),
+    "cpu": ({"checks"}, {"torch", "megatron", "numpy"}),
+    "measure": ({"checks", "simulate", "cpu"}, {"numpy", "torch"}),
     "tools": (
         TOP | {"__init__", "settings", "plan", "records", "simulate", "measure"},
         {"numpy", "tabulate", "tqdm", "yaml"},
     ),
-    "cpu": ({"checks"}, {"torch", "megatron", "numpy"}),
 }
 # Of these, no module may load torch or Megatron, not even through others.
 PURE = ("settings", "plan", "records", "simulate", "tools")
@@ -110,11 +110,17 @@ def test_a_folder_imports_what_it_may(folder):
     assert wrong == []
 
 
+def test_no_folder_may_import_one_below_it():
+    order = list(MAY_IMPORT)
+    for folder, (ours, _) in MAY_IMPORT.items():
+        assert ours - TOP - {"__init__"} <= set(order[: order.index(folder)])
+
+
 def test_every_folder_has_a_rule_and_a_sentence():
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == set(MAY_IMPORT)
     top = {path.stem for path in PACKAGE.glob("*.py")}
-    # checkpoint: where the checkpoints of version 0.1.0 look for what they have pickled.
+    # checkpoint: where checkpoints look that are older than pruned_checkpoint.
     assert top == TOP | {"__init__", "__main__", "checkpoint"}
 
 

@@ -1,9 +1,13 @@
 """Links of README and docs lead somewhere, and what they say of files and flags is there."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from megatron_laep.records import decision_log
+from tests.support import report_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -66,3 +70,32 @@ def test_nobody_is_told_to_install_from_an_index():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def names_in(value: object) -> set[str]:
+    """The names of all fields of a JSON value, at any depth."""
+    if isinstance(value, dict):
+        return set(value).union(*map(names_in, value.values()))
+    return set().union(*map(names_in, value)) if isinstance(value, list) else set()
+
+
+def test_every_field_of_every_file_is_explained(tmp_path):
+    run = report_run.make_run(tmp_path) / "laep"
+    written = {
+        f"## {name}": json.loads((run / "iter_0000375" / name).read_text())
+        for name in ("map.json", "loads.json", "table.json")
+    }
+    # The names of the thresholds are those of the flags.
+    (decision,) = map(json.loads, (run / decision_log.NAME).read_text().splitlines())
+    del decision["thresholds"]
+    decision["windows"] = []
+    written[f"## {decision_log.NAME}"] = decision
+    header = json.loads((run / "loads-full.json").read_text())
+    written["## loads-NAME.json and loads-NAME.bin"] = header | {
+        field: None for field, _, _ in header["dtype"]
+    }
+    parts = re.split(r"\n(?=## )", prose("docs/files.md"))
+    sections = {part.partition("\n")[0]: part for part in parts}
+    for title, content in written.items():
+        explained = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", sections[title]))))
+        assert names_in(content) <= explained, title

@@ -16,6 +16,7 @@ import dataclasses
 import sys
 from argparse import ArgumentParser, Namespace
 from types import SimpleNamespace
+from typing import NoReturn
 
 import torch
 from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
@@ -97,15 +98,27 @@ def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
         mend_help(parser, session.upstream)
+        if _given_flags():
+            parser.error = _refuse_usage  # type: ignore[method-assign]
         return flags.add_arguments(parser)
 
     return add_megatron_arguments
 
 
+def _given_flags() -> list[str]:
+    return [word for word in sys.argv[1:] if word.startswith("--laep-")]
+
+
+def _refuse_usage(message: str) -> NoReturn:
+    """In the place of argparse's own end of a job with flags that it cannot read: hundreds of lines of
+    usage from every rank, and an exit code that looks like a crash's."""
+    raise Refusal(f"{message}; the same command with --help lists all flags")
+
+
 def _parse_args(original):
     def parse_args(*more, **named):
         args = original(*more, **named)
-        given = [word for word in sys.argv[1:] if word.startswith("--laep-")]
+        given = _given_flags()
         yaml = symbols.argument(args, "yaml_cfg")
         if yaml is not None and (given or session.config is not None):
             raise Refusal(

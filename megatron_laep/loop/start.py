@@ -210,8 +210,6 @@ def _own_run(args: Namespace, config: LaepConfig, rebuilt: bool) -> Start | None
     wanted = dict(load=args.save, finetune=False, no_load_optim=False, no_load_rng=False)
     if not own_step:
         wanted["ckpt_step"] = None
-    if rebuilt:
-        wanted["override_ckpt_iteration"] = None
     changes = {
         name: value
         for name, value in wanted.items()

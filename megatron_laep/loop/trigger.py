@@ -1,6 +1,6 @@
 """When to prune: counts one window of loads after the other, and judges them.
 
-Between the counters (``routing_stats``) and the pruning (``job``). Speaks to other ranks at the end
+Between the counters (``routing_stats``) and the pruning (``commit``). Speaks to other ranks at the end
 of a window only: one all-reduce, and one broadcast where something is decided. Inside a step
 nothing.
 """

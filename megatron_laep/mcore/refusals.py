@@ -79,7 +79,7 @@ def refuse(sentences: Sequence[str]) -> None:
 
 _FILLED = string.Formatter()
 # With the value that a remedy gives it.
-_FLAG = re.compile(r"--[a-z][a-z0-9-]*(?: (?:adam|global|torch_dist)\b)?")
+_FLAG = re.compile(r"--[a-z][a-z0-9-]*(?: (?:adam|alltoall|global|muon|torch_dist)\b)?")
 
 
 class _Values(Mapping):
@@ -101,7 +101,7 @@ class _Values(Mapping):
 def render() -> str:
     """The table as Markdown."""
     parts = [
-        "# What is refused",
+        "# What does a pruning not go together with?",
         "",
         "A job that is refused ends before its first iteration, on every rank. It says all at once what is "
         "in the way: each",

@@ -239,6 +239,23 @@ CALLERS = (
         looks_up="qb_dual_update",
         optional=True,
     ),
+    # Whoever sets on parameters what is read of them.
+    Symbol(
+        f"{_CORE}.tensor_parallel.layers:set_tensor_model_parallel_attributes",
+        "count parameters that are split over ranks",
+        looks_up="tensor_model_parallel",
+    ),
+    Symbol(
+        f"{_CORE}.models.common.language_module.language_module"
+        ":LanguageModule.setup_embeddings_and_output_layer",
+        "count the embeddings of the last stage once",
+        looks_up="shared",
+    ),
+    Symbol(
+        f"{_BUFFER}:_ParamAndGradBuffer.__init__",
+        "tell the memory of gradients",
+        looks_up="main_grad",
+    ),
 )
 
 # -- called and read ---------------------------------------------------------------------------------
@@ -502,6 +519,11 @@ REPAIRED = (
         f"{_CORE}.optimizer:_get_megatron_optimizer_based_on_param_groups",
         "load the momentum of SGD",
         takes="config",
+        probed_by="mcore.upstream_bugs",
+    ),
+    Symbol(
+        f"{_CORE}.optimizer.optimizer:MegatronOptimizer.init_state_fn",
+        "load the momentum of SGD",
         probed_by="mcore.upstream_bugs",
     ),
 )

@@ -28,6 +28,7 @@ from megatron_laep.mcore.argument_table import (
 from megatron_laep.mcore.symbol_table import SYMBOLS, Symbol
 
 MISSING = "is missing"
+NO_IMPORT = "cannot be imported"
 _SUPPORTED = (
     "supported is megatron-core >=0.19,<0.20 with megatron.training: install such a version, or run "
     "the script without '-m megatron_laep'"
@@ -84,12 +85,17 @@ def is_there(target: str) -> bool:
 
 
 def missing_symbols(symbols: Iterable[Symbol]) -> list[str]:
-    """A phrase for each symbol that is not as the table says, with what it is needed for."""
-    found = []
+    """A phrase for each symbol that is not as the table says, with what it is needed for; of those that
+    cannot be imported for the same reason, such as a Megatron that is not there, for the first."""
+    found: list[str] = []
+    reasons: set[str] = set()
     for symbol in symbols:
         problem = _problem(symbol)
-        if problem is not None and not (symbol.optional and problem == MISSING):
-            found.append(f"{symbol.target} {problem} (needed to {symbol.why})")
+        if problem is None or problem in reasons or (symbol.optional and problem == MISSING):
+            continue
+        if problem.startswith(NO_IMPORT):
+            reasons.add(problem)
+        found.append(f"{symbol.target} {problem} (needed to {symbol.why})")
     return found
 
 
@@ -163,7 +169,7 @@ def _problem(symbol: Symbol) -> str | None:
     try:
         owner: Any = importlib.import_module(module)
     except ImportError as error:
-        return f"cannot be imported: {error}"
+        return f"{NO_IMPORT}: {error}"
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent, None)

@@ -286,7 +286,12 @@ class ExpertMap:
         """
         if not isinstance(data, Mapping):
             raise Refusal(f"an expert map must be a JSON object, got {type(data).__name__}")
-        version = data.get("schema_version")
+        if "schema_version" not in data:
+            raise Refusal(
+                "this is no expert map: it has no field schema_version, which all maps of megatron_laep "
+                "have"
+            )
+        version = data["schema_version"]
         if version != SCHEMA_VERSION:
             raise Refusal(
                 f"the expert map has schema version {version!r}, this megatron_laep reads "

@@ -4,7 +4,8 @@ One line of JSON for each decision, appended as it is made: ``StabilityDecision.
 ``verdict`` (``schedule.Verdict``) and the ``windows`` that it rests on, first and last iteration of
 each. A job that resumes from an earlier checkpoint decides some window ends again: a line
 *supersedes* every line before it of the same or a later iteration, and the reader leaves those out.
-A line that says only ``resumed`` supersedes what was decided after that iteration. What a crash left half written is skipped with a warning.
+A line that says only ``resumed`` supersedes what was decided after that iteration. What a crash left
+half written is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             decision = json.loads(line)
             resumed = "resumed" in decision
             iteration = operator.index(decision["resumed" if resumed else "iteration"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             _LOGGER.warning("%s: skipped row %d, it is not a whole decision", path, row)
             continue
         first_stale = iteration + 1 if resumed else iteration

@@ -190,8 +190,8 @@ def read(path: str | os.PathLike[str], data: object = None) -> LoadLog:
     except OSError as error:
         raise Refusal(f"{error.filename or path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        # The header's sentences name the header, which differs in its ending.
-        prefix = "" if str(path.with_suffix("")) in str(error) else f"{path}: "
+        # The header's sentences begin with the header's name, which differs in its ending.
+        prefix = "" if str(error).startswith(str(path.with_suffix(".json"))) else f"{path}: "
         raise Refusal(f"{prefix}{error}") from None
 
 

@@ -135,7 +135,7 @@ class AlphaSpec:
 
     Made by `parse`. Ranges speak of Megatron's layer numbers 1 to num_layers, dense layers
     included: a dense layer inside a range is fine (it has no experts), a number that the model does
-        not have is not.
+    not have is not.
     """
 
     uniform: float | None

@@ -18,6 +18,7 @@ class Recording:
 
     Windows end at multiples of the interval. The one in which a job was stopped is recorded from
     where the job was resumed: what it had counted before is left out, and its first iteration says so.
+    Making one is a collective.
 
     Args:
         stats: the job's counters.
@@ -27,6 +28,9 @@ class Recording:
         lineage: the prunings of the model.
         iteration: that the job goes on from.
         expert_parallel_size: ranks that the experts are spread over.
+
+    Raises:
+        Refusal: on all ranks, if the folder holds the log of another model.
     """
 
     def __init__(
@@ -46,7 +50,8 @@ class Recording:
         self._start = iteration
         self._start_LE = stats.snapshot()
         self._writer: LoadLogWriter | None = None
-        if events.is_rank_0():
+
+        def open_log() -> None:
             header = LoadLogHeader(
                 stats.layer_numbers,
                 tuple(stats.expert_counts.values()),
@@ -56,7 +61,10 @@ class Recording:
                 lineage.original_ids,
                 lineage.experts_per_rank,
             )
-            self._writer = LoadLogWriter(folder, header)
+            with events.failure_is_logged(iteration=iteration):
+                self._writer = LoadLogWriter(folder, header)
+
+        events.on_rank_0(open_log)
 
     def end_iteration(self, iteration: int) -> None:
         """Writes the window that ends here, if one does; a collective then."""

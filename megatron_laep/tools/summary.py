@@ -16,6 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from megatron_laep.checks import named_fields, number_within, whole_number
 from megatron_laep.json_text import read_json
 from megatron_laep.records.training_log import (
     LOG_NAME,
@@ -29,20 +30,11 @@ TABLE_PATTERN = "laep/iter_*/table.json"
 # Losses and loads are noisy from one line of the log to the next: each figure is a mean over so
 # many iterations, fewer where the run has not got as many.
 WINDOW = 20
-_TABLE_FIELDS = (
-    "iteration",
-    "parameters_before",
-    "parameters_after",
-    "experts_before",
-    "experts_after",
-)
-_ROW_FIELDS = {
-    "layer_number",
-    "experts_before",
-    "experts_after",
-    "imbalance_before",
-    "imbalance_after",
-}
+# Of the table and of each of its rows: counts, and what may be null, since it is not known.
+_COUNTS = ("iteration", "experts_before", "experts_after")
+_SIZES = ("parameters_before", "parameters_after")
+_COUNTS_OF_LAYER = ("layer_number", "experts_before", "experts_after")
+_RATIOS_OF_LAYER = ("imbalance_before", "imbalance_after")
 
 
 def summarize_run(log: TrainingLog, table: dict, since: int = 0) -> str:
@@ -62,9 +54,8 @@ def summarize_run(log: TrainingLog, table: dict, since: int = 0) -> str:
     rows = [
         (
             "parameters",
-            f"{table['parameters_before']:,}",
-            f"{table['parameters_after']:,}",
-            _change(table["parameters_before"], table["parameters_after"]),
+            *("-" if table[name] is None else f"{table[name]:,}" for name in _SIZES),
+            _change(*(table[name] for name in _SIZES)),
         ),
         (
             "experts, all layers",
@@ -158,15 +149,23 @@ def read_run(run_dir: Path, log_path: Path | None = None) -> tuple[TrainingLog, 
 
 def _read_table(path: Path) -> dict[str, Any]:
     table: Any = read_json(path, str(path))
-    if not (
-        isinstance(table, dict)
-        and all(name in table for name in _TABLE_FIELDS)
-        and isinstance(table.get("rows"), list)
-        and all(isinstance(row, dict) and _ROW_FIELDS <= set(row) for row in table["rows"])
-    ):
-        raise ValueError(
-            f"{path} is no table of a pruning: it lacks fields that a job writes; restore it"
-        )
+    try:
+        named_fields(table, (*_COUNTS, *_SIZES, "rows"), "it")
+        if not isinstance(table["rows"], list):
+            raise ValueError("rows must be a list")
+        for index, row in enumerate(table["rows"]):
+            named_fields(row, (*_COUNTS_OF_LAYER, *_RATIOS_OF_LAYER), f"rows[{index}]")
+        for part, counts, known in (
+            (table, _COUNTS, _SIZES),
+            *((row, _COUNTS_OF_LAYER, _RATIOS_OF_LAYER) for row in table["rows"]),
+        ):
+            for name in counts:
+                whole_number(part[name], name, 1)
+            for name in known:
+                if part[name] is not None:
+                    number_within(part[name], name, 0.5, 1e18)  # at least 1, up to rounding
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of a pruning: {error}; restore it") from None
     return table
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laep import LaepConfig
+from megatron_laep.__main__ import REFUSED
 from tests.support.forks import in_megatron
 from tests.support.runs import (
     LAEP,
@@ -60,7 +61,7 @@ def test_help_of_the_launcher(flag):
 
 def test_script_that_does_not_exist(tmp_path):
     run = launch(tmp_path / "gone.py", "--lr", "1")
-    assert run.returncode == 2
+    assert run.returncode == REFUSED
     assert run.stderr.strip() == f"megatron_laep: the script {tmp_path}/gone.py does not exist"
 
 
@@ -125,8 +126,16 @@ def test_flags_show_in_the_help_of_the_script():
 )
 def test_usage_errors_of_the_flags(words, message):
     outcome = in_megatron(main_of_launcher, *words)
+    assert (outcome.error, outcome.message) == ("SystemExit", str(REFUSED))
+    (said,) = (text for text in outcome.output.splitlines() if text.startswith("megatron_laep: "))
+    assert said.startswith(f"megatron_laep: {message}") and "--help" in said
+    assert "usage:" not in outcome.output
+
+
+def test_usage_errors_of_a_job_without_the_flags_are_megatrons():
+    outcome = in_megatron(main_of_launcher, "--lr", "high")
     assert (outcome.error, outcome.message) == ("SystemExit", "2")
-    assert message in outcome.output
+    assert "error: argument --lr: invalid float value: 'high'" in outcome.output
 
 
 # ----------------------------------------------------------------------------------------------

@@ -278,6 +278,13 @@ def adapted_groups(kind: str) -> tuple[list[dict], list[dict]]:
     return groups(common), [group for part in adapted.values() for group in groups(part)]
 
 
+def completed(saved: dict) -> dict:
+    from megatron_laep.mcore.optimizer_state import complete_common_state
+
+    complete_common_state(saved)
+    return saved
+
+
 # -- the tests -------------------------------------------------------------------------------------
 
 
@@ -344,3 +351,24 @@ def test_a_group_that_the_checkpoint_lacks(kind):
     assert outcome.error == "Refusal"
     for text in ("no parameter group with", "'wd_mult': 0.5", "same optimizer flags"):
         assert text in outcome.message
+
+
+def test_what_rank_0_could_not_know_is_filled_in():
+    """It has dense parameters only: the experts' optimizer has taken no step there, and has no masters."""
+    dense = {
+        "optimizer": {"param_groups": [{"step": 7, "lr": 0.5}]},
+        "fp32_from_fp16_params": [[1]],
+    }
+    experts = {
+        "optimizer": {"param_groups": [{"step": 0, "lr": 0.5}]},
+        "fp32_from_fp16_params": [[]],
+    }
+    found = in_megatron(completed, {0: dense, 1: experts}).result()
+    assert found[0] == dense
+    assert found[1] == {"optimizer": {"param_groups": [{"step": 7, "lr": 0.5}]}}
+
+
+def test_another_kind_of_optimizer_keeps_its_own_step():
+    groups = [{"optimizer": "muon"}, {"optimizer": "adam", "step": 3}, {"step": 5}]
+    found = in_megatron(completed, {"param_groups": groups}).result()
+    assert found == {"param_groups": groups}

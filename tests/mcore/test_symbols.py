@@ -383,9 +383,14 @@ def test_what_somebody_else_has_wrapped_only_has_to_be_there(monkeypatch):
     assert symbols.missing_symbols([symbol]) == []
 
 
-def test_a_module_that_is_not_there():
-    (found,) = symbols.missing_symbols([Symbol("module_that_is_gone:name", "test it")])
-    assert "module_that_is_gone:name cannot be imported: No module named" in found
+def test_a_package_that_is_not_there_is_told_once():
+    gone = [Symbol(f"package_that_is_gone.{name}:name", "test it") for name in ("a", "b")]
+    found = symbols.missing_symbols([*gone, Symbol(f"{MODULE}:gone", "test it")])
+    assert found == [
+        "package_that_is_gone.a:name cannot be imported: No module named 'package_that_is_gone' "
+        "(needed to test it)",
+        f"{MODULE}:gone is missing (needed to test it)",
+    ]
 
 
 def test_the_accessor_knows_defaults_and_refuses_what_is_not_listed():

@@ -319,7 +319,7 @@ class TestJson:
         ("edit", "message"),
         [
             (lambda d: d.update(schema_version=2), "schema version 2, this megatron_laep reads 1"),
-            (lambda d: d.pop("schema_version"), "schema version None"),
+            (lambda d: d.pop("schema_version"), "no expert map: it has no field schema_version"),
             (lambda d: d.update(colour=1), "the expert map has unknown fields: colour"),
             (lambda d: d.pop("top_k"), "the expert map has missing fields: top_k"),
             (lambda d: d["layers"][0].update(x=1), r"layers\[0\] .* has unknown fields: x"),

@@ -445,6 +445,17 @@ def test_files_of_something_else(tmp_path, content, message):
         load_log.read(tmp_path / "x.json")
 
 
+# The sentence has the name's letters in it: once that was taken for the name.
+@pytest.mark.parametrize(
+    ("name", "content"), [("bin", b"\xff\0"), ("deep", b"[" * 100_000), ("cut", b'{"tokens": [')]
+)
+def test_a_file_is_named_whatever_its_name_is(tmp_path, monkeypatch, name, content):
+    (tmp_path / f"{name}.json").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{name}.json: this is ne|^cut.json: this is not valid"):
+        load_log.read(f"{name}.json")
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(ValueError, match="there is no such file or folder"):
         load_log.read(tmp_path / "nothing.json")

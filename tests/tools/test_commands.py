@@ -542,7 +542,7 @@ class TestInspect:
         files = {
             "empty.json": ("", "not valid JSON"),
             "list.json": ("[]", "must be a JSON object"),
-            "other.json": ("{}", "schema version None"),
+            "other.json": ("{}", "this is no expert map: it has no field schema_version"),
             "damaged.json": (json.dumps(damaged), "was damaged or edited"),
         }
         for name, (content, message) in files.items():

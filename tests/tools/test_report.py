@@ -121,9 +121,7 @@ class TestTracedToFiles:
             StabilityThresholds()
         )
         arguments = dataclasses.asdict(report_run.THRESHOLDS)
-        text = "".join(f"  laep_stability_{name} .... {x}\n" for name, x in arguments.items())
-        log = run / "train.log"
-        log.write_text(log.read_text().replace("  laep_alpha", f"{text}  laep_alpha", 1))
+        add_thresholds(run, **arguments)
         stability = report_data.gather(run)["stability"]
         assert stability["thresholds"] == arguments
         assert stability["thresholds_source"] == "the arguments in the training log"
@@ -266,6 +264,12 @@ def edit_loads(run_dir: Path, change) -> None:
     edit(run_dir / FOLDER / "loads.json", both)
 
 
+def add_thresholds(run_dir: Path, **values: object) -> None:
+    """Puts arguments of the stability into the log's list of arguments."""
+    text = "".join(f"  laep_stability_{name} .... {value}\n" for name, value in values.items())
+    replace(run_dir / "train.log", "  laep_alpha", f"{text}  laep_alpha")
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -312,6 +316,24 @@ REFUSED = {
     "a decision without its verdict": (
         lambda d: (d / "laep" / "stability.jsonl").write_text('{"iteration": 375}'),
         "stability.jsonl, row 1: it lacks verdict, stable_layers, layers",
+    ),
+    "a list in the table": (
+        lambda d: edit(d / FOLDER / "table.json", lambda x: x.update(parameters_before=[])),
+        "table.json: parameters_before must be within -1e+18 and 1e+18, got []",
+    ),
+    "a decision without a list of layers": (
+        lambda d: replace(d / "laep" / "stability.jsonl", '"layers": [', '"layers": 4, "more": ['),
+        "stability.jsonl, row 1: layers must be a list",
+    ),
+    "thresholds that are none in the log": (
+        lambda d: (
+            (d / "laep" / "stability.jsonl").unlink(),
+            add_thresholds(
+                d, **dataclasses.asdict(report_run.THRESHOLDS) | {"rank_correlation": "high"}
+            ),
+        ),
+        "of the training log and the rows after it: no thresholds can be read from laep_stability_...: "
+        "could not convert string to float: 'high'",
     ),
     "half of the sizes": (
         lambda d: edit(d / FOLDER / "table.json", lambda x: x.update(parameters_after=None)),

@@ -11,6 +11,7 @@ import pytest
 from megatron_laep.plan.expert_map import ExpertMap, LayerMap
 from megatron_laep.plan.summary import ModelSize, summarize
 from megatron_laep.records.training_log import parse_log
+from megatron_laep.tools.summary import read_run, summarize_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -169,3 +170,30 @@ def test_a_damaged_table_is_named(tmp_path, text, says):
     result = laep_summary(tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"laep: {path} {says}")
+
+
+@pytest.mark.parametrize("where", ["table", "row"])
+@pytest.mark.parametrize("value", ["x", [], -1, 0, True, 10**30])
+def test_a_value_that_cannot_be_is_named(tmp_path, where, value):
+    path = make_run(tmp_path) / "laep" / "iter_0000020" / "table.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    names = ["iteration", "experts_before", "parameters_after"]
+    if where == "row":
+        names = ["layer_number", "experts_after", "imbalance_before"]
+    for name in names:
+        table = json.loads(json.dumps(written))
+        (table if where == "table" else table["rows"][0])[name] = value
+        path.write_text(json.dumps(table), encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=f"table.json is no table of a pruning: {name} must be"
+        ):
+            read_run(tmp_path)
+
+
+def test_a_table_without_the_model_s_size(tmp_path):
+    path = make_run(tmp_path) / "laep" / "iter_0000020" / "table.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table |= {"parameters_before": None, "parameters_after": None}
+    path.write_text(json.dumps(table), encoding="utf-8")
+    text = " ".join(summarize_run(*read_run(tmp_path)).split())
+    assert "parameters - - experts, all layers 8 6" in text

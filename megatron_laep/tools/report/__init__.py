@@ -1,6 +1,6 @@
 """`laep report RUNDIR`: one HTML file that shows what happened to a run, and needs no network.
 
-Second half of the report: `report_data.gather` reads the run's files, this module puts its value,
+Second half of the report: `data.gather` reads the run's files, this module puts its value,
 the page's script and Plotly's bundle into one file. Offline; needs neither torch nor Megatron, but
 the extra `report` (Jinja2 and Plotly), both imported when a report is made.
 """
@@ -60,7 +60,7 @@ def build_report(
 
     The same files give the same bytes, with the same version of Plotly.
     output: None for `run_dir/laep/laep_report.html`. log_path, loads_path: as in
-    `report_data.gather`.
+    `data.gather`.
     Errors: ValueError for a run that cannot be read, a missing library, or an output that cannot be
     written.
     """

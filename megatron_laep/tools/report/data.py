@@ -350,10 +350,19 @@ def _thresholds(
         f"laep_stability_{field.name}": field for field in fields(StabilityThresholds)
     }
     if set(flags) <= set(arguments):
-        values = {
-            field.name: type(field.default)(arguments[flag][0]) for flag, field in flags.items()
-        }
-        return StabilityThresholds(**values), "the arguments in the training log"
+        try:
+            thresholds = StabilityThresholds(
+                **{
+                    field.name: type(field.default)(arguments[flag][0])
+                    for flag, field in flags.items()
+                }
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"row {arguments[next(iter(flags))][1]} of the training log and the rows after it: no "
+                f"thresholds can be read from laep_stability_...: {error}"
+            ) from None
+        return thresholds, "the arguments in the training log"
     return StabilityThresholds(), "the defaults of --laep-stability-..."
 
 

@@ -1,6 +1,6 @@
 """The files of a finished or running job, read and checked: prunings and the training log.
 
-Under `report_data`, which makes the report's value of them. A file that is missing, damaged or of
+Under `report.data`, which makes the report's value of them. A file that is missing, damaged or of
 another pruning is refused with a sentence that names it.
 
 Shape suffixes: L MoE layers, E experts.
@@ -151,7 +151,7 @@ def _table(
             f"{expert_map.hash[:12]}: the files are of different prunings"
         )
     sizes = {name: data[name] for name in _SIZES}
-    if set(sizes.values()) != {None}:
+    if any(size is not None for size in sizes.values()):
         for name, value in sizes.items():
             number_within(value, name, -1e18, 1e18)
         if not 0 < sizes["parameters_after"] <= sizes["parameters_before"]:
@@ -172,6 +172,8 @@ def read_decisions(run_dir: Path) -> list[dict]:
         missing = [name for name in _DECISION_FIELDS if name not in decision]
         if missing:
             raise ValueError(f"{where}: it lacks {', '.join(missing)}: the file was edited")
+        if not isinstance(decision["layers"], list):
+            raise ValueError(f"{where}: layers must be a list: the file was edited")
         try:
             StabilityThresholds(**decision["thresholds"])
         except (TypeError, ValueError) as error:
