@@ -88,8 +88,8 @@ class Variant:
 @dataclass(frozen=True)
 class Speedup:
     """The full model's time over the variant's: median of the rounds, and its interval; the same of the
-    processor times of the busier rank, on which other users of the machine have less influence; and
-    what is predicted.
+    processor times of the busier rank, which have no waiting in them and on which other users of the
+    machine have less influence; and what is predicted.
     """
 
     variant: str
