@@ -285,7 +285,7 @@ def describe(model: list, options: argparse.Namespace) -> dict[str, Any]:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
 
-    from megatron_laep.mcore.described_model import moe_layer_numbers
+    from megatron_laep.mcore.layer_numbers import moe_layer_numbers
 
     args = get_args()
     return {

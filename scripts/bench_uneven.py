@@ -19,7 +19,6 @@ Exit code 0 if what the repository claims holds in every case, else 1 with the c
 """
 
 import argparse
-import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -42,7 +41,6 @@ from megatron_laep.settings.rules import PruningRules
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tests" / "data" / "expert_loads_tiny.json"
 PUBLISHED = ROOT / "configs" / "yuan3-ultra-103l-64e-1515b.yaml"
-PUBLISHED_LOADS = ROOT / "configs" / "yuan3-ultra-103l-64e-1515b-loads.json"
 
 RULE = {"alpha": "0.4", "beta": 0.1}
 TOP_K = 2
@@ -163,7 +161,9 @@ def cases(recorded: Path, layers: int, seed: int) -> list[Case]:
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     shape = published["model"]
     per_expert = 3 * shape["hidden"] * shape["expert_ffn"]
-    synthetic = json.loads(PUBLISHED_LOADS.read_text(encoding="utf-8"))["tokens"]
+    # The widest spread of the band in docs/simulate.md: the least favourable one.
+    library = runpy.run_path(str(ROOT / "scripts" / "generate_loads.py"), run_name="library")
+    synthetic = library["generate"](published, seed=0, spread=1.25)["tokens"]
     generator = np.random.default_rng(seed)
     generated = {
         "lognormal, sigma 1": lognormal(generator, layers, 1.0),
@@ -187,11 +187,29 @@ def lognormal(generator: np.random.Generator, layers: int, sigma: float) -> np.n
 
 
 def lognormal_48(generator: np.random.Generator, layers: int) -> list[np.ndarray]:
-    """A top-2 router's loads, as `scripts/generate_loads.py` draws them for the published model."""
-    library = runpy.run_path(str(ROOT / "scripts" / "generate_loads.py"), run_name="library")
-    shape = {"wanted": 48, "num_experts": 64, "top_k": 2, "tokens": 10**7}
-    rule = {"alpha": float(RULE["alpha"]), "beta": RULE["beta"], "multiple": 8}
-    return [library["fit_layer"](generator, **shape, **rule)[0] for _ in range(layers)]
+    """Lognormal loads of a top-2 router, with a dispersion of which the rule, rounded up to 8, keeps 48.
+
+    The first choice of a token falls on expert i with p_i = exp(s z_i) / sum(exp(s z)), z ~ N(0, 1); the
+    second, by the same p, on another one: tokens * p_i (1 + sum over j != i of p_j / (1 - p_j)). Of all
+    dispersions s that keep 48 the middle one is taken; where none does, z is drawn again.
+    """
+    rule = {"alpha": float(RULE["alpha"]), "beta": RULE["beta"], "multiple": 8, "minimum": TOP_K}
+    found: list[np.ndarray] = []
+    while len(found) < layers:
+        affinities = generator.standard_normal(64)
+        fitting = []
+        for dispersion in np.round(np.arange(0.05, 8.0, 0.05), 2):
+            weights = np.exp(dispersion * (affinities - affinities.max()))
+            first = weights / weights.sum()
+            # 1 - p, as a sum of the others: for p close to one, the subtraction would cancel
+            others = 1 - np.eye(first.size)
+            odds = first / (others * first).sum(axis=1)
+            loads = np.rint(first * (1 + (others * odds).sum(axis=1)) * 10**7).astype(np.int64)
+            if experts_to_keep(loads, **rule).size == 48:
+                fitting.append(loads)
+        if fitting:
+            found.append(fitting[len(fitting) // 2])
+    return found
 
 
 def zipf_48(generator: np.random.Generator, layers: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$REPOSITORY"
 
-STEPS=(lint tests long core-0.18.2 core-0.19.0 fuzz arithmetics crashes overhead uneven published quickstart)
+STEPS=(lint tests long core-0.18.2 core-0.19.0 fuzz arithmetics crashes overhead uneven published scale quickstart)
 
 words_of() {
     case $1 in
@@ -27,6 +27,7 @@ words_of() {
         overhead) echo "$VENV_PYTHON scripts/bench_overhead.py" ;;
         uneven) echo "$VENV_PYTHON scripts/bench_uneven.py" ;;
         published) echo "$VENV_PYTHON scripts/simulate_published.py" ;;
+        scale) echo "$VENV_PYTHON -W ignore scripts/bench_scale.py" ;;
         quickstart) echo "scripts/quickstart.sh --run-dir runs/full-check-quickstart --fresh" ;;
         *) return 1 ;;
     esac

@@ -1,26 +1,24 @@
 #!/usr/bin/env python3
 """Synthetic loads for a model of which only the kept experts per layer are published.
 
-    scripts/generate_loads.py configs/yuan3-ultra-103l-64e-1515b.yaml OUTPUT.json [--seed N]
+    scripts/generate_loads.py configs/yuan3-ultra-103l-64e-1515b.yaml OUTPUT.json [--spread S] [--seed N]
 
-The loads are NOT measured: nobody has published those of the 1515B model. They are drawn from a
-simple model of a router, and one number per layer, its dispersion, is searched for such that
-LAEP's own rule keeps what was published:
+The loads are NOT measured: nobody has published those of the 1515B model. What is published of them
+is how many experts Algorithm 1 keeps in each layer, and that the busiest expert of a layer gets up to
+nearly 500 times the tokens of the least busy one. This is the rule that they are drawn by. It was
+written down before any speed was worked out from it, and no number of it was changed afterwards:
 
-1. Each expert of a layer has an affinity z ~ N(0, 1), drawn once. With dispersion s, the first
-   choice of a token falls on expert i with p_i = exp(s z_i) / sum(exp(s z)): lognormal loads.
-2. A top-2 router picks a second, other expert, by the same p without the first one:
-   load_i = tokens * p_i (1 + sum over j != i of p_j / (1 - p_j)). So no expert gets more than one
-   choice of each token, however large s is.
-3. s runs over a grid. Where Algorithm 1, with the alpha and beta of the model file and rounding to
-   its multiple, keeps the published number, s fits. The middle of all fitting values is taken, so
-   that the layer is neither at one edge of its count nor at the other. If none fits, z is drawn
-   again (the output tells how often that was needed).
+1. The n experts of a layer that are kept get loads exp(S z), z ~ N(0, 1). S, the spread of the kept
+   experts, is published nowhere: it is an argument, and results are to be shown over a range of it.
+2. The experts that are pruned lie between 1/500 of the busiest expert's load, which one of them has,
+   and a ceiling, evenly distributed in the logarithm. The ceiling is the highest, up to the
+   lightest kept expert, with which Algorithm 1 prunes all of them: alpha, beta and multiple are
+   those of the model file.
+3. If Algorithm 1 would prune kept ones as well, the lightest kept expert is drawn again. So is the
+   busiest one if it had more tokens than there are: a token chooses an expert once.
 
-Expert ids are in random order, as in a model that was never rearranged. The kept counts are
-results of the rule on the loads; they are nowhere written into the loads. What the loads do imply
-and no publication confirms is everything else: the shape of the distribution, the busiest expert,
-which experts share a rank.
+Expert ids are in random order, as in a model that was never rearranged. That Algorithm 1 keeps the
+published counts is checked with the function that a job uses.
 """
 
 import argparse
@@ -33,94 +31,105 @@ import numpy as np
 from megatron_laep.plan.pruning import experts_to_keep
 from megatron_laep.settings.rules import AlphaSpec
 
-DISPERSIONS = np.round(np.arange(0.05, 8.0, 0.05), 2)
-MAX_DRAWS = 200
+HOTTEST_OVER_COLDEST = 500
+DEFAULT_SPREAD = 0.5
 WINDOW = 100  # iterations, the default of --laep-window
+_MAX_REDRAWS = 10_000
+_HALVINGS = 20
 
 
-def expected_loads(affinities_E: np.ndarray, dispersion: float, top_k: int, tokens: int):
-    """Integer loads [E] of `tokens` tokens with top-1 or top-2 routing, as described above."""
-    weights = np.exp(dispersion * (affinities_E - affinities_E.max()))
-    first = weights / weights.sum()
-    chosen = first
-    if top_k == 2:
-        # 1 - p, as a sum of the others: for p close to one, the subtraction would cancel
-        others = 1 - np.eye(first.size)
-        odds = first / (others * first).sum(axis=1)
-        chosen = first * (1 + (others * odds).sum(axis=1))
-    return np.rint(chosen * tokens).astype(np.int64)
-
-
-def fit_layer(
+def draw_layer(
     generator: np.random.Generator,
     *,
-    wanted: int,
+    kept: int,
     num_experts: int,
     top_k: int,
     tokens: int,
+    spread: float,
     alpha: float,
     beta: float,
     multiple: int,
-) -> tuple[np.ndarray, float, int]:
-    """Loads of which the rule keeps `wanted` experts, their dispersion, and the draws it took.
+) -> np.ndarray:
+    """Loads [E], int64, of `tokens` tokens, of which Algorithm 1 keeps `kept`, as described above.
 
-    Errors: ValueError if no dispersion does it in MAX_DRAWS draws.
+    Errors: ValueError if no such loads are found.
     """
-    for draw in range(1, MAX_DRAWS + 1):
-        affinities = generator.standard_normal(num_experts)
-        fitting = []
-        for dispersion in DISPERSIONS:
-            loads = expected_loads(affinities, float(dispersion), top_k, tokens)
-            kept = experts_to_keep(loads, alpha=alpha, beta=beta, multiple=multiple, minimum=top_k)
-            if kept.size == wanted:
-                fitting.append((float(dispersion), loads))
-        if fitting:
-            dispersion, loads = fitting[len(fitting) // 2]
-            return loads, dispersion, draw
+    busy_K = np.exp(spread * generator.standard_normal(kept))
+    # Where the pruned experts lie between the coldest load (0) and the ceiling (1).
+    heights_P = generator.random(num_experts - kept)
+    heights_P[:1] = 0
+
+    def loads_at(ceiling: float) -> np.ndarray:
+        coldest = busy_K.max() / HOTTEST_OVER_COLDEST
+        idle_P = coldest * (max(ceiling, coldest) / coldest) ** heights_P
+        shares_E = np.concatenate([busy_K, idle_P])
+        loads_E = np.rint(shares_E * (tokens * top_k / shares_E.sum())).astype(np.int64)
+        # Rounded down, the coldest load would break the limit by one part in its tokens.
+        return np.maximum(loads_E, -(-loads_E.max() // HOTTEST_OVER_COLDEST))
+
+    def left(ceiling: float) -> int:
+        """How many Algorithm 1 keeps, in floating point: only to find the ceiling."""
+        loads_E = np.sort(loads_at(ceiling))
+        individual = np.searchsorted(loads_E, alpha * loads_E.mean(), side="right")
+        cumulative = np.searchsorted(np.cumsum(loads_E), beta * loads_E.sum(), side="left")
+        remaining = max(num_experts - min(individual, cumulative), top_k)
+        return -(-remaining // multiple) * multiple
+
+    for _ in range(_MAX_REDRAWS):
+        low, high = busy_K.max() / HOTTEST_OVER_COLDEST, busy_K.min()
+        if left(high) > kept:
+            for _ in range(_HALVINGS):
+                middle = (low * high) ** 0.5
+                low, high = (middle, high) if left(middle) <= kept else (low, middle)
+        else:
+            low = high
+        loads_E = loads_at(low)
+        if loads_E.max() > tokens:
+            busy_K[busy_K.argmax()] = np.exp(spread * generator.standard_normal())
+            continue
+        rule = {"alpha": alpha, "beta": beta, "multiple": multiple, "minimum": top_k}
+        if experts_to_keep(loads_E, **rule).tolist() == list(range(kept)):
+            return generator.permutation(loads_E)
+        busy_K[busy_K.argmin()] = np.exp(spread * generator.standard_normal())
     raise ValueError(
-        f"no dispersion between {DISPERSIONS[0]} and {DISPERSIONS[-1]} makes Algorithm 1 with "
-        f"alpha {alpha:g} and beta {beta:g} keep {wanted} of {num_experts} experts, in "
-        f"{MAX_DRAWS} draws"
+        f"no loads with spread {spread:g} were found of which Algorithm 1 with alpha {alpha:g} and "
+        f"beta {beta:g} keeps {kept} of {num_experts} experts, in {_MAX_REDRAWS} draws"
     )
 
 
-def generate(description: dict, seed: int) -> dict:
+def generate(description: dict, seed: int, spread: float = DEFAULT_SPREAD) -> dict:
     """The content of the output file, from the content of a model file (a dict)."""
     model, rules, job = description["model"], description["laep"], description["parallelism"]
     kept = description["published"]["experts_kept"]
-    if model["top_k"] > 2:
-        raise ValueError(
-            f"the load model is for top_k 1 and 2, the model file has {model['top_k']}"
-        )
     if len(kept) != model["num_layers"]:
         raise ValueError(f"experts_kept has {len(kept)} counts for {model['num_layers']} layers")
     samples = job["data"] * job["micro_batch_size"] * job["micro_batches"]
     tokens = WINDOW * samples * model["sequence_length"]
     alpha = AlphaSpec.parse(rules["alpha"])
     generator = np.random.default_rng(seed)
-    fitted = [
-        fit_layer(
+    rows = [
+        draw_layer(
             generator,
-            wanted=wanted,
+            kept=count,
             num_experts=model["num_experts"],
             top_k=model["top_k"],
             tokens=tokens,
+            spread=spread,
             alpha=alpha.for_layer(layer_number),
             beta=rules["beta"],
             multiple=rules["expert_multiple"],
         )
-        for layer_number, wanted in enumerate(kept, start=1)
+        for layer_number, count in enumerate(kept, start=1)
     ]
     return {
         "about": "SYNTHETIC loads, not measured: made by scripts/generate_loads.py such that "
         "Algorithm 1 keeps the published number of experts in every layer.",
         "seed": seed,
+        "spread": spread,
         "iteration": WINDOW,
         "window": WINDOW,
-        "dispersion": [dispersion for _, dispersion, _ in fitted],
-        "draws": [draws for _, _, draws in fitted],
         "layer_numbers": list(range(1, len(kept) + 1)),
-        "tokens": [loads.tolist() for loads, _, _ in fitted],
+        "tokens": [row.tolist() for row in rows],
     }
 
 
@@ -137,13 +146,18 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="model file (YAML) with published.experts_kept")
     parser.add_argument("output", type=Path, help="file to write (JSON)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=DEFAULT_SPREAD,
+        help="standard deviation of the logarithm of the kept experts' loads (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     import yaml
 
     try:
-        content = generate(
-            yaml.safe_load(arguments.model.read_text(encoding="utf-8")), arguments.seed
-        )
+        description = yaml.safe_load(arguments.model.read_text(encoding="utf-8"))
+        content = generate(description, arguments.seed, arguments.spread)
     except (OSError, KeyError, ValueError) as error:
         print(f"generate_loads: {arguments.model}: {error!r}", file=sys.stderr)
         return 2

@@ -26,11 +26,12 @@ MAY_IMPORT = {
         TOP | {"settings", "plan", "records", "statistics", "mcore"},
         {"numpy", "torch", "megatron"},
     ),
+    "cpu": ({"checks"}, {"torch", "megatron", "numpy"}),
+    "measure": ({"checks", "simulate", "cpu"}, {"numpy", "torch"}),
     "tools": (
-        TOP | {"__init__", "settings", "plan", "records", "simulate"},
+        TOP | {"__init__", "settings", "plan", "records", "simulate", "measure"},
         {"numpy", "tabulate", "tqdm", "yaml"},
     ),
-    "cpu": ({"checks"}, {"torch", "megatron", "numpy"}),
 }
 # Of these, no module may load torch or Megatron, not even through others.
 PURE = ("settings", "plan", "records", "simulate", "tools")

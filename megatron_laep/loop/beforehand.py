@@ -89,7 +89,7 @@ def _parsed(words: Sequence[str]) -> tuple[list[str], Namespace]:
 
 def _examined(args: Namespace) -> Examination:
     config = LaepConfig.from_arguments(args)
-    assumed = not config.enabled and config.record_interval is None
+    assumed = not config.enabled and config.recorded is None
     if assumed:
         config = replace(config, prune_iteration=_half_way(args))
     found: list[Complaint] = []

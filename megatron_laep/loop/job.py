@@ -19,7 +19,7 @@ from megatron_laep.loop.trigger import Trigger
 from megatron_laep.mcore import arguments
 from megatron_laep.mcore.checkpoint import APPLIED, PENDING, Record
 from megatron_laep.mcore.described_model import model_layout
-from megatron_laep.mcore.moe_layer import token_counters
+from megatron_laep.mcore.moe_layer import find_layers, token_counters
 from megatron_laep.plan import make_map
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.loads import Loads
@@ -29,6 +29,7 @@ from megatron_laep.settings.schedule import Leg, Verdict, with_postponed
 from megatron_laep.statistics import load_metrics
 from megatron_laep.statistics.recorder import Recording
 from megatron_laep.statistics.routing_stats import RoutingStats
+from megatron_laep.statistics.step_profile import StepProfile
 
 
 class Running:
@@ -77,6 +78,15 @@ class Running:
         self.committing = self.committed = False
         self._follow(start.legs, args.iteration, self._record)
         self._recording = self._record_loads(args)
+        self._profile: StepProfile | None = None
+        if self.config.profile is not None:
+            self._profile = StepProfile(
+                find_layers(model),
+                self.stats.layer_numbers,
+                self.folder,
+                interval=self.config.profile,
+                iteration=args.iteration,
+            )
 
     @property
     def folder(self) -> Path:
@@ -167,6 +177,8 @@ class Running:
         """
         if self._recording is not None:
             self._recording.end_iteration(iteration)
+        if self._profile is not None:
+            self._profile.end_iteration(iteration)
         if self._trigger is None:
             return False
         verdict = self._trigger.end_iteration(iteration)

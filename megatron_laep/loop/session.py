@@ -146,8 +146,8 @@ class Session:
         asked = None
         if config is not None and config.enabled:
             asked = config.prune_flag
-        elif config is not None and config.record_interval is not None:
-            asked = f"--laep-record-interval {config.record_interval}"
+        elif config is not None:
+            asked = config.recorded
         refuse_training(
             asked
             and f"{asked} was asked for, but this model is trained by a loop that megatron_laep does not "

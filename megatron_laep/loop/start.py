@@ -72,9 +72,7 @@ class Start:
     def active(self) -> bool:
         """Whether LAEP has anything to do: the job will be pruned or recorded, or its model was."""
         return (
-            self.config.enabled
-            or self.config.record_interval is not None
-            or self.expert_map is not None
+            self.config.enabled or self.config.recorded is not None or self.expert_map is not None
         )
 
     def expert_total(self) -> str:
@@ -130,7 +128,7 @@ class Start:
                 except Refusal as refusal:
                     found.append(Complaint(str(refusal)))
             start = dataclasses.replace(self, legs=legs, plan=plan)
-        if self.config.record_interval is not None:
+        if self.config.recorded is not None:
             found += arguments.complaints_of_recording(args, self.config)
         if self.record is not None and self.expert_map is not None:
             found += arguments.complaints_of_model(self.record, args, self.source)

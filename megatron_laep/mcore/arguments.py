@@ -76,7 +76,7 @@ def complaints_of_pruning(
 
 def complaints_of_recording(args: Namespace, config: LaepConfig) -> list[Complaint]:
     """Everything that is in the way of a job that records its loads, whether it prunes or not."""
-    flag = f"--laep-record-interval {config.record_interval}"
+    flag = config.recorded
     hits = refusals.hits(args, {When.RECORD: f"together with {flag}"})
     return [Complaint(hit.sentence) for hit in hits] + complaints(
         lambda: _check_recording(args, flag)
@@ -99,7 +99,7 @@ def _check_recording(args: Namespace, flag: str) -> None:
         raise Refusal(f"{flag} needs --save: the record goes to SAVE/laep; give --save FOLDER")
     if args.num_experts is None or not moe_layer_numbers(args):
         raise Refusal(
-            f"{flag}: the model has no MoE layer, so there are no loads to record; remove the flag"
+            f"{flag}: the model has no MoE layer, so there is nothing to record; remove the flag"
         )
 
 

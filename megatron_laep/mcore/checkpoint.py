@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import os
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -341,19 +340,24 @@ def _unread_shards_of_nobody() -> Iterator[None]:
 
 def _check_coverage(expert_map: ExpertMap, layers: dict[int, LaepMoELayer]) -> None:
     """Every expert that the map keeps is held by exactly one EP rank of each replica."""
-    held = {
-        number: [expert_map.layer(number).kept[new] for new in layer.local_expert_indices]
-        for number, layer in layers.items()
-    }
-    ranks: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, held)
-    for layer_map in expert_map.layers:
-        copies = Counter(old for rank in ranks for old in rank.get(layer_map.layer_number, ()))
-        replicas = max(copies.values(), default=0)
-        if replicas == 0 or copies != {old: replicas for old in layer_map.kept}:
+    # A sum and not a list of all ranks: what it costs does not grow with the job.
+    most = max(layer_map.experts_before for layer_map in expert_map.layers)
+    held_LE = [[0] * most for _ in expert_map.layers]
+    for held_E, layer_map in zip(held_LE, expert_map.layers, strict=True):
+        layer = layers.get(layer_map.layer_number)
+        for new in layer.local_expert_indices if layer is not None else ():
+            held_E[layer_map.kept[new]] += 1
+    copies_LE = torch.tensor(held_LE, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(copies_LE)
+    for copies, layer_map in zip(copies_LE.tolist(), expert_map.layers, strict=True):
+        replicas = max(copies)
+        wanted = [0] * len(copies)
+        for old in layer_map.kept:
+            wanted[old] = replicas
+        if replicas == 0 or copies != wanted:
             raise Refusal(
                 f"layer {layer_map.layer_number}: the ranks of the job would load the old experts "
-                f"{sorted(copies)}, the map keeps "
+                f"{[old for old, count in enumerate(copies) if count]}, the map keeps "
                 f"{sorted(layer_map.kept)}, each once in every replica; the model was not built for "
                 f"the map {expert_map.short_hash}"
             )

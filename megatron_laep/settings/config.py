@@ -121,6 +121,13 @@ class LaepConfig:
         metavar="M",
         type=float,
     )
+    profile: int | None = setting(
+        None,
+        "Time the forward passes of every N-th iteration by layer and part (router, dispatch, experts, "
+        "combine, waiting) in SAVE/laep/profile.jsonl; also in jobs that will not prune (default: none).",
+        metavar="N",
+        type=int,
+    )
     stability_rank_correlation: float = _threshold("rank_correlation")
     stability_churn: float = _threshold("churn")
     stability_load_change: float = _threshold("load_change")
@@ -135,6 +142,13 @@ class LaepConfig:
     def enabled(self) -> bool:
         """True if the job is to be pruned: `prune_iteration` is given."""
         return self.prune_iteration is not None
+
+    @property
+    def recorded(self) -> str | None:
+        """The flag, with its value, for which the job records something, pruned or not; None: nothing."""
+        if self.record_interval is not None:
+            return f"--laep-record-interval {self.record_interval}"
+        return None if self.profile is None else f"--laep-profile {self.profile}"
 
     @property
     def rules(self) -> PruningRules:
@@ -207,7 +221,7 @@ class LaepConfig:
 
     def validate(self) -> None:
         """Checks what needs no knowledge of the job. Errors: ValueError that names the flag."""
-        for name in ("window", "expert_model_parallel_size", "record_interval"):
+        for name in ("window", "expert_model_parallel_size", "record_interval", "profile"):
             if getattr(self, name) is not None:
                 whole_number(getattr(self, name), flag(name), 1)
         whole_number(self.keep_pruning_checkpoint, flag("keep_pruning_checkpoint"), 0)
@@ -254,7 +268,12 @@ class LaepConfig:
         defaults = LaepConfig()
         for item in fields(self):
             # Those have a use in jobs that will not prune, too.
-            if item.name in ("record_interval", "try_any_megatron", "no_progress_minutes"):
+            if item.name in (
+                "record_interval",
+                "profile",
+                "try_any_megatron",
+                "no_progress_minutes",
+            ):
                 continue
             if getattr(self, item.name) != getattr(defaults, item.name):
                 raise Refusal(

@@ -157,6 +157,11 @@ class Hardware:
     dense_efficiency, grouped_gemm_efficiency: share of the peak that the matrix products reach.
     all_to_all_*: between the ranks of an expert-parallel group.
     network_gb_per_s: between data-parallel ranks. tensor_parallel_gb_per_s: between TP ranks.
+    expert_overhead_us: what a local expert costs in a micro-batch whatever its size and tokens, forward
+        and backward: launches, and what the host does for it.
+    expert_gb_per_s, optimizer_gb_per_s: at which an expert's weights and gradients are moved, and the
+        optimizer's pass goes; None: as memory_gb_per_s.
+    `laep calibrate` measures all of them.
     """
 
     name: str
@@ -169,14 +174,23 @@ class Hardware:
     all_to_all_latency_us: float
     network_gb_per_s: float
     tensor_parallel_gb_per_s: float
+    expert_overhead_us: float = 0.0
+    expert_gb_per_s: float | None = None
+    optimizer_gb_per_s: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise Refusal(f"hardware: name must be a text, got {shown(self.name)}")
-        names = [name for name in self.__dataclass_fields__ if name != "name"]
+        optional = {"expert_gb_per_s", "optimizer_gb_per_s"}
+        given = {name for name in self.__dataclass_fields__ if getattr(self, name) is not None}
+        names = [
+            name
+            for name in self.__dataclass_fields__
+            if name != "name" and (name in given or name not in optional)
+        ]
         _check_numbers(self, "hardware", dict.fromkeys(names, 0))
         for name in names:
-            if name != "all_to_all_latency_us" and getattr(self, name) == 0:
+            if not name.endswith("_us") and getattr(self, name) == 0:
                 raise Refusal(f"hardware: {name} must be more than 0")
         for name in ("dense_efficiency", "grouped_gemm_efficiency"):
             if getattr(self, name) > 1:
@@ -199,7 +213,8 @@ class Parallelism:
     layers_per_stage: one count for each stage, () for an even split. Embedding and output layer sit
         in the first and the last stage.
     recompute: "full" (every layer's forward runs twice) or "none".
-    *_bytes: of one parameter; the optimizer's 12 are fp32 master and two moments.
+    *_bytes: of one parameter; activations are as wide as weights. The optimizer's 12 are fp32 master
+        and two moments.
     """
 
     pipeline: int
@@ -299,6 +314,19 @@ def full_placements(
     return {
         number: place_loads(row, equal_blocks(len(row), expert_parallel_size, number))
         for number, row in loads.items()
+    }
+
+
+def balanced_placements(
+    layers: Mapping[int, int], expert_parallel_size: int
+) -> dict[int, LayerPlacement]:
+    """Each layer (its number of experts by its number) with all its experts and equal shares: what
+    an auxiliary loss that evens out the loads would leave, at best.
+    """
+    ranks = expert_parallel_size
+    return {
+        number: LayerPlacement(equal_blocks(experts, ranks, number), (1 / ranks,) * ranks)
+        for number, experts in layers.items()
     }
 
 

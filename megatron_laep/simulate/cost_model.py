@@ -8,14 +8,14 @@ The model, for one micro batch of s * b tokens (forward and backward) and one la
 
     dense      passes * s * b * flops(attention, dense or shared FFN) / (TP * peak * efficiency)
     grouped    passes * tokens(rank) * flops(expert) / (peak * efficiency)
-    experts    experts(rank) * parameters(expert) * bytes moved / memory bandwidth
-    all-to-all 4 * (latency + tokens(busiest rank) * hidden * 2 bytes * (R - 1) / R / bandwidth)
-    TP         4 * s * b * hidden * 2 bytes * (TP - 1) / TP / bandwidth
+    experts    experts(rank) * (overhead + parameters(expert) * bytes moved / bandwidth)
+    all-to-all 4 * (latency + tokens(busiest rank) * hidden * bytes * (R - 1) / R / bandwidth)
+    TP         4 * s * b * hidden * bytes * (TP - 1) / TP / bandwidth
 
 A layer waits for the rank with the largest grouped + experts, and for the busiest rank's bytes.
 passes = 3 (forward 1, backward 2) or 4 with full recomputation, which also makes 6 of the two 4s.
 "experts" is what a local expert costs whatever its tokens: its weights are read in each pass, its
-gradient is read and written. A stage's time is the sum of its layers (the last has the output
+gradient is read and written; and what has to be started for it, which no size changes. A stage's time is the sum of its layers (the last has the output
 layer, too). m micro batches through p stages: (m - 1) * slowest stage + sum of all stages, which
 for equal stages is a bubble of (p - 1) / m. On top, once a step: gradients and weights over the
 data-parallel ranks and the optimizer's pass through memory, not overlapped.
@@ -40,7 +40,6 @@ from dataclasses import dataclass
 from megatron_laep.checks import Refusal
 from megatron_laep.simulate.cost_inputs import Hardware, LayerPlacement, ModelShape, Parallelism
 
-ACTIVATION_BYTES = 2  # bf16
 _TOLERANCE = 1e-12
 
 Placements = Mapping[int, LayerPlacement]
@@ -106,7 +105,7 @@ def layer_time(
     tensor = parallelism.tensor
     dense_flops = passes * tokens * shape.dense_flops_per_token(layer_number)
     dense = dense_flops / (tensor * peak * hardware.dense_efficiency)
-    row_bytes = shape.hidden * ACTIVATION_BYTES
+    row_bytes = shape.hidden * parallelism.weight_bytes
     tensor_bytes = exchanges * tokens * row_bytes * (tensor - 1) / tensor
     tensor_seconds = tensor_bytes / (hardware.tensor_parallel_gb_per_s * 1e9)
     if placement is None:
@@ -116,7 +115,9 @@ def layer_time(
     flops = passes * group_tokens * 2 * shape.parameters_per_expert
     gemm = [share * flops / (peak * hardware.grouped_gemm_efficiency) for share in placement.shares]
     moved = parallelism.weight_bytes * (passes - 1) + 2 * parallelism.gradient_bytes
-    per_expert = shape.parameters_per_expert * moved / (hardware.memory_gb_per_s * 1e9)
+    expert_rate = hardware.expert_gb_per_s or hardware.memory_gb_per_s
+    per_expert = shape.parameters_per_expert * moved / (expert_rate * 1e9)
+    per_expert += passes / 3 * hardware.expert_overhead_us * 1e-6
     weights = [count * per_expert for count in placement.experts_per_rank]
     busiest = max(range(ranks), key=lambda rank: gemm[rank] + weights[rank])
     exchange = 0.0
@@ -225,11 +226,12 @@ def _synchronization(
     weight, gradient = parallelism.weight_bytes, parallelism.gradient_bytes
     sent = gradient + weight if sharded else 2 * gradient
     touched = 2 * parallelism.optimizer_bytes + gradient + weight
+    optimizer_rate = hardware.optimizer_gb_per_s or hardware.memory_gb_per_s
     seconds = 0.0
     for parameters, copies in ((dense, parallelism.data), (experts, expert_copies)):
         seconds += parameters * sent * (copies - 1) / copies / (hardware.network_gb_per_s * 1e9)
         own = parameters / copies if sharded else parameters
-        seconds += own * touched / (hardware.memory_gb_per_s * 1e9)
+        seconds += own * touched / (optimizer_rate * 1e9)
     return seconds
 
 
@@ -251,19 +253,19 @@ def _activation_bytes(
     width = 10 * shape.hidden + 2 * (shape.attention_heads + shape.kv_heads) * shape.head_dim
     unfolded = []
     for number in stages[stage]:
-        amount = tokens * width * ACTIVATION_BYTES
+        amount = tokens * width * parallelism.weight_bytes
         inner = shape.ffn_matrices
         if number in placements:
             item = placements[number]
             received = max(item.shares) * len(item.shares) * tokens * shape.top_k
             per_token = 2 * shape.hidden + inner * shape.expert_ffn
-            amount += received * per_token * ACTIVATION_BYTES
+            amount += received * per_token * parallelism.weight_bytes
         else:
-            amount += tokens * inner * shape.dense_ffn * ACTIVATION_BYTES
+            amount += tokens * inner * shape.dense_ffn * parallelism.weight_bytes
         unfolded.append(amount)
     if parallelism.recompute == "none":
         return in_flight * sum(unfolded)
-    inputs = in_flight * len(unfolded) * tokens * shape.hidden * ACTIVATION_BYTES
+    inputs = in_flight * len(unfolded) * tokens * shape.hidden * parallelism.weight_bytes
     return inputs + max(unfolded, default=0.0)
 
 

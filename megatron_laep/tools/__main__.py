@@ -22,6 +22,7 @@ COMMANDS = (
     "sweep",
     "stability",
     "simulate",
+    "calibrate",
     "summary",
     "report",
 )

@@ -1,8 +1,9 @@
 """`laep simulate`: what a plan would bring on a cluster, from recorded loads and the cost model.
 
 Reads a model file, a hardware file and loads; makes the expert map as the job would (or takes a
-given one); prints step time, TFLOPS per GPU and memory per rank of the full, the pruned, and the
-pruned and rearranged model. Needs neither torch nor Megatron; PyYAML unless the files are JSON.
+given one); prints step time, TFLOPS per GPU and memory per rank of the full model, of the same with
+equal loads on all ranks (what an auxiliary loss would bring at best), of the pruned, and of the
+pruned and rearranged one. Needs neither torch nor Megatron; PyYAML unless the files are JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_laep.checks import shown
-from megatron_laep.json_text import parse_json, read_text
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.layout import ModelLayout
 from megatron_laep.plan.loads import checked_loads
@@ -27,14 +27,14 @@ from megatron_laep.simulate.cost_inputs import (
     Hardware,
     ModelShape,
     Parallelism,
+    balanced_placements,
     full_placements,
     pruned_placements,
 )
 from megatron_laep.simulate.cost_model import calibrate, estimate
+from megatron_laep.tools.model_files import make, read_mapping, read_text
 
-_MOST_BYTES = 2**22
-
-VARIANTS = ("full", "pruned", "pruned and rearranged")
+VARIANTS = ("full", "balanced", "pruned", "pruned and rearranged")
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -100,14 +100,14 @@ def run(args: argparse.Namespace) -> int:
 
 def simulate(args: argparse.Namespace) -> dict[str, object]:
     """The result as a JSON-able dict. Errors: ValueError."""
-    description = _read_mapping(args.model)
+    description = read_mapping(args.model)
     unknown = sorted(set(description) - {"model", "parallelism", "laep", "published"})
     if unknown:
         raise ValueError(f"{args.model}: unknown sections {', '.join(map(str, unknown))}")
-    shape = _make(ModelShape, description.get("model"), f"{args.model}: model")
-    parallelism = _make(Parallelism, description.get("parallelism"), f"{args.model}: parallelism")
+    shape = make(ModelShape, description.get("model"), f"{args.model}: model")
+    parallelism = make(Parallelism, description.get("parallelism"), f"{args.model}: parallelism")
     hardware_file = _find_hardware(args.hardware, args.model)
-    hardware = _make(Hardware, _read_mapping(hardware_file), f"{hardware_file}: hardware")
+    hardware = make(Hardware, read_mapping(hardware_file), f"{hardware_file}: hardware")
     log = load_log.read(args.loads)
     windows = log.decision_windows if args.windows is None else args.windows
     loads = total_loads(log, windows)
@@ -118,6 +118,9 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
             VARIANTS,
             (
                 full_placements(loads, parallelism.expert),
+                balanced_placements(
+                    {number: len(row) for number, row in loads.items()}, parallelism.expert
+                ),
                 pruned_placements(expert_map, loads, rearranged=False),
                 pruned_placements(expert_map, loads, rearranged=True),
             ),
@@ -208,7 +211,7 @@ def _expert_map(
                 "--plan is a finished map: leave out --alpha, --beta, --expert-multiple, "
                 "--placement and --ep"
             )
-        text = _read_text(args.plan)
+        text = read_text(args.plan)
         try:
             expert_map = ExpertMap.from_json(text)
         except ValueError as error:
@@ -257,7 +260,7 @@ def _published(section: object, path: Path) -> dict[str, float] | None:
         or not all(type(value) in (int, float) and 0 < value < 1e9 for value in values)
     ):
         raise ValueError(
-            f"{path}: published: tflops_per_gpu must be a list of three numbers above 0, got "
+            f"{path}: published: tflops_per_gpu must be a list of four numbers above 0, got "
             f"{shown(values)}"
         )
     return dict(zip(VARIANTS, values, strict=True))
@@ -286,58 +289,6 @@ def _find_hardware(name: str, model: Path) -> Path:
         f"--hardware {name}: neither a file nor one of those beside {model}: "
         f"{', '.join(known) or 'there are none'}"
     )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_text(path, most=_MOST_BYTES)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} cannot be read: it is not a text file") from None
-
-
-def _read_mapping(path: Path) -> dict:
-    text = _read_text(path)
-    if path.suffix == ".json":
-        data = parse_json(text, str(path))
-    else:
-        # Here, and not on top: whoever has only JSON files does not need PyYAML.
-        try:
-            import yaml
-        except ImportError:
-            raise ValueError(
-                f"{path} is YAML, and PyYAML is not installed: pip install PyYAML, "
-                "or use a .json file"
-            ) from None
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        except RecursionError:
-            raise ValueError(f"{path} is nested too deeply to be a file of ours") from None
-        except ValueError as error:  # of a date or a number that Python will not make
-            raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold named fields, got {type(data).__name__}")
-    return data
-
-
-def _make(kind, section: object, where: str):
-    """A dataclass from a section of a file; ValueError that names unknown or missing fields."""
-    if not isinstance(section, dict):
-        raise ValueError(f"{where}: this section is missing, or has no named fields")
-    fields = dataclasses.fields(kind)
-    required = {item.name for item in fields if item.default is dataclasses.MISSING}
-    unknown = sorted(map(str, set(section) - {item.name for item in fields}))
-    for problem, names in (("unknown", unknown), ("missing", sorted(required - set(section)))):
-        if names:
-            raise ValueError(f"{where}: {problem} fields: {', '.join(names)}")
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
-    try:
-        return kind(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def format_result(result: dict) -> str:

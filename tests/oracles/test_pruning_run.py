@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from megatron_laep import ExpertMap
-from megatron_laep.records import load_log
+from megatron_laep.records import load_log, profile_log
 from megatron_laep.statistics.load_metrics import load_metrics
 from tests.oracles.test_permutation import ORDER_OF_SUM
 from tests.support.forks import in_megatron
@@ -101,6 +101,7 @@ def run(tmp_path_factory) -> Pruned:
         "tensorboard_dir": folder / "tensorboard",
         "wandb_project": "laep",
         "wandb_exp_name": "pruned",
+        "laep_profile": 4,
     }
     result = run_megatron(
         flags(folder, **logs), 2, launcher=LAEP, env={"WANDB_MODE": "offline"}, timeout=240
@@ -252,6 +253,17 @@ def test_the_metrics_of_the_training_log(run) -> None:
     for line in lines:
         assert run.result.logs[0].count(line) == 1
     assert run.result.logs[0].count(" prunable_experts=") == 3
+
+
+def test_where_the_time_went(run) -> None:
+    """Both models were timed; that timing changes nothing is told by all that is equal to this run."""
+    timed = profile_log.read(run.folder / "laep" / profile_log.NAME)
+    assert [item["iteration"] for item in timed] == [4, 8, 12]
+    for item in timed:
+        assert [layer["layer"] for layer in item["layers"]] == [1, 2, 3, 4]
+        for layer in item["layers"]:
+            assert min(layer[part] for part in ("router", "dispatch", "experts", "combine")) > 0
+            assert layer["waiting"] >= 0
 
 
 @pytest.mark.equality

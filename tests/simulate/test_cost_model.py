@@ -12,6 +12,7 @@ from megatron_laep.simulate.cost_inputs import (
     LayerPlacement,
     ModelShape,
     Parallelism,
+    balanced_placements,
     full_placements,
     place_loads,
     pruned_placements,
@@ -90,6 +91,32 @@ def test_recomputation_adds_a_forward_pass():
     assert time.expert_weights == pytest.approx(2 * 24 * (6 + 8) / 1000)
 
 
+def test_what_an_expert_costs_whatever_its_tokens():
+    """Besides its weights, which have a rate of their own, what is started for it."""
+    slow = dataclasses.replace(SLOW, expert_overhead_us=3000, expert_gb_per_s=2e-6)
+    time, plain = layer_time(SHAPE, slow, JOB, 1, UNEVEN), layer_time(SHAPE, SLOW, JOB, 1, UNEVEN)
+    # 2 experts: 3 ms each, and their weights at twice the rate
+    assert time.expert_weights == pytest.approx(2 * 0.003 + plain.expert_weights / 2)
+    job = dataclasses.replace(JOB, recompute="full")
+    again = layer_time(SHAPE, dataclasses.replace(SLOW, expert_overhead_us=3000), job, 1, UNEVEN)
+    # a third forward pass of three starts it a fourth time
+    assert again.expert_weights == pytest.approx(2 * 0.004 + 2 * 24 * (6 + 8) / 1000)
+
+
+def test_the_optimizer_has_a_rate_of_its_own():
+    fast = dataclasses.replace(SLOW, optimizer_gb_per_s=2e-6)
+    result = estimate(SHAPE, fast, JOB, {1: UNEVEN, 2: EVEN})
+    assert result.synchronization_seconds == pytest.approx(
+        36 * 6 / 2 / 1000 + (18 + 48) * 30 / 2000
+    )
+
+
+def test_activations_are_as_wide_as_weights():
+    wide = dataclasses.replace(JOB, weight_bytes=4)
+    time = layer_time(SHAPE, SLOW, wide, 1, UNEVEN)
+    assert time.all_to_all == pytest.approx(4 * (0.001 + 12 * 8 / 2 / 1000))
+
+
 def test_tensor_parallelism_by_hand():
     job = dataclasses.replace(JOB, tensor=2)
     time = layer_time(SHAPE, SLOW, job, 1, UNEVEN)
@@ -162,6 +189,15 @@ def test_dense_layers():
     result = estimate(shape, SLOW, JOB, {2: EVEN})
     assert result.experts == 4
     assert layer_time(shape, SLOW, JOB, 1, None).all_to_all == 0
+
+
+def test_balanced_is_the_full_model_with_equal_shares():
+    placements = balanced_placements({1: 4, 2: 4}, 2)
+    assert placements == {1: EVEN, 2: EVEN}
+    # and no placement of all experts is faster
+    full = full_placements({1: [6, 2, 1, 3], 2: [1, 1, 1, 1]}, 2)
+    times = [estimate(SHAPE, SLOW, JOB, item).step_seconds for item in (placements, full)]
+    assert times[0] < times[1]
 
 
 def test_shares_are_of_the_kept_experts_own_tokens():
@@ -262,6 +298,8 @@ def test_a_target_out_of_reach_is_refused():
             "peak_tflops must be within 0 and 1e[+]18, got nan",
         ),
         (Hardware, SLOW, {"network_gb_per_s": 0}, "network_gb_per_s must be more than 0"),
+        (Hardware, SLOW, {"expert_gb_per_s": 0}, "expert_gb_per_s must be more than 0"),
+        (Hardware, SLOW, {"expert_overhead_us": -1}, "expert_overhead_us must be within 0 and"),
         (Hardware, SLOW, {"dense_efficiency": 50}, "dense_efficiency is a share of the peak"),
         (Parallelism, JOB, {"expert": 3}, r"size 3 does not divide tensor \* data = 2"),
         (Parallelism, JOB, {"recompute": "some"}, "recompute must be full or none, got 'some'"),

@@ -1,6 +1,7 @@
 """`laep simulate`: the published model, real recorded loads, plans, and errors as sentences."""
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_laep.plan.pruning import experts_to_keep
 from megatron_laep.records import load_log
 from megatron_laep.tools import simulate
 from megatron_laep.tools.__main__ import main as laep
@@ -60,12 +62,14 @@ def published(capsys, *more) -> dict:
 
 def test_the_published_parameters_exactly(capsys):
     result = published(capsys)
-    full, pruned, rearranged = (result["variants"][name] for name in simulate.VARIANTS)
-    # 22.14 B + 103 * 64 and 4360 experts of 3 * 4608 * 16384
-    assert full["parameters"] == 22_140_000_000 + 6592 * 226_492_416 == 1_515_178_006_272
-    assert pruned["parameters"] == 22_140_000_000 + 4360 * 226_492_416 == 1_009_646_933_760
+    full, _, pruned, rearranged = (result["variants"][name] for name in simulate.VARIANTS)
+    # 103 * 64 and 4360 experts of 3 * 4608 * 16384; what is left of the published sum after pruning
+    assert pruned["parameters"] == 1_010_862_812_672
+    other = 1_010_862_812_672 - 4360 * 226_492_416
+    assert full["parameters"] == other + 6592 * 226_492_416
     assert rearranged["parameters"] == pruned["parameters"]
-    assert [round(item["parameters"] / 1e9) for item in (full, pruned)] == [1515, 1010]
+    # Published as 1515 B: without 1.24 B of embeddings.
+    assert round((full["parameters"] - 2 * 135040 * 4608) / 1e9) == 1515
 
 
 def test_algorithm_1_keeps_the_published_counts_of_the_generated_loads():
@@ -77,31 +81,74 @@ def test_algorithm_1_keeps_the_published_counts_of_the_generated_loads():
     assert (len(kept), sum(kept)) == (103, 4360)
 
 
-def test_the_generator_makes_the_loads_of_the_repository():
-    generate = runpy.run_path(str(ROOT / "scripts" / "generate_loads.py"))["generate"]
+@pytest.fixture(scope="module")
+def generator() -> dict:
+    return runpy.run_path(str(ROOT / "scripts" / "generate_loads.py"), run_name="library")
+
+
+def test_the_generator_makes_the_loads_of_the_repository(generator):
     stored = json.loads(LOADS.read_text(encoding="utf-8"))
-    again = generate(yaml.safe_load(MODEL.read_text(encoding="utf-8")), stored["seed"])
-    assert again["dispersion"] == stored["dispersion"]
+    description = yaml.safe_load(MODEL.read_text(encoding="utf-8"))
+    again = generator["generate"](description, stored["seed"], stored["spread"])
     # exp() may differ in its last bit between machines: one part in 10**12 of 1.8e9 tokens, or one
     assert np.allclose(again["tokens"], stored["tokens"], rtol=1e-12, atol=1)
 
 
-def test_generated_loads_are_possible_for_a_top_2_router():
-    """Every token makes two different choices: all of them sum up, none is counted twice."""
-    stored = json.loads(LOADS.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("spread", [0.0, 1.25])
+def test_generated_loads_keep_their_rule(generator, spread):
+    """Every token makes two different choices, hottest over coldest as published, kept counts as published."""
+    description = yaml.safe_load(MODEL.read_text(encoding="utf-8"))
+    rules = {"beta": 0.1, "multiple": 8, "minimum": 2}
     tokens = 100 * 2160 * 8192
-    for row in stored["tokens"]:
-        assert abs(sum(row) - 2 * tokens) <= len(row)
+    content = generator["generate"](description, seed=1, spread=spread)
+    kept = description["published"]["experts_kept"]
+    for number, (row, count) in enumerate(zip(content["tokens"], kept, strict=True), start=1):
+        # The coldest one is rounded up, by less than one part in 500 of the hottest.
+        assert abs(sum(row) - 2 * tokens) <= 2 * len(row)
         assert max(row) <= tokens
+        assert 499 < max(row) / min(row) <= 500
+        alpha = 0.4 if 11 <= number <= 93 else 0.2
+        assert experts_to_keep(row, alpha=alpha, **rules).size == count
+    if spread == 0:
+        busiest = np.sort(content["tokens"], axis=1)[:, ::-1]
+        assert all(np.ptp(row[:count]) <= 1 for row, count in zip(busiest, kept, strict=True))
 
 
-def test_expected_loads_by_hand():
-    expected = runpy.run_path(str(ROOT / "scripts" / "generate_loads.py"))["expected_loads"]
-    # p = 1/2, 1/4, 1/4. Second choices: 1/2 * (1/2, 1/2) after expert 0, 1/4 * (2/3, 1/3) after 1
-    # and after 2. Expert 0: 1/2 + 2 * 1/4 * 2/3 = 5/6; the others 1/4 + 1/4 + 1/12 = 7/12.
-    affinities = np.log([2.0, 1.0, 1.0])
-    assert expected(affinities, 1.0, 2, 1200).tolist() == [1000, 700, 700]
-    assert expected(affinities, 1.0, 1, 1200).tolist() == [600, 300, 300]
+def test_loads_that_no_rule_keeps_are_refused(generator):
+    """With beta 0 nothing is pruned, so that 48 of 64 are never kept."""
+    generator["draw_layer"].__globals__["_MAX_REDRAWS"] = 3
+    with pytest.raises(ValueError, match="no loads with spread 0.5 .* keeps 48 of 64 experts"):
+        generator["draw_layer"](
+            np.random.default_rng(0),
+            kept=48,
+            num_experts=64,
+            top_k=2,
+            tokens=10**6,
+            spread=0.5,
+            alpha=0.4,
+            beta=0.0,
+            multiple=8,
+        )
+
+
+def test_the_band_over_what_is_not_published():
+    """One row of scripts/simulate_published.py, beside the figures worked out another way."""
+    script = runpy.run_path(str(ROOT / "scripts" / "simulate_published.py"), run_name="library")
+    description = yaml.safe_load(MODEL.read_text(encoding="utf-8"))
+    hardware = simulate.Hardware(
+        **yaml.safe_load((ROOT / "configs" / "hardware-a800.yaml").read_text())
+    )
+    given = simulate.Parallelism(**description["parallelism"])
+    job = script["job_of"](given, 8, 4)
+    assert (job.gpus, job.layers_per_stage) == (8 * 26, (3, *[4] * 25))
+    assert job.micro_batches * job.data == given.micro_batches * given.data
+    content = json.loads(LOADS.read_text(encoding="utf-8"))
+    found = script["predict"](description, hardware, script["job_of"](given, 4, 1), content)
+    # As `laep simulate` prints them in docs/simulate.md.
+    assert [round(value, 2) for value in found.tflops] == [76.64, 75.29, 79.64]
+    cells = script["row_of"](0.5, 4, [found, dataclasses.replace(found, tflops=None)])
+    assert cells[:4] == ["0.5", "4", "1 of 2", "1.25"]
+    assert cells[-1] == "79.6 (79.6 to 79.6)"
 
 
 def test_only_the_base_figure_is_calibrated(capsys):
@@ -138,7 +185,7 @@ def test_real_recorded_loads_and_the_hash_of_the_jobs_plan(capsys, tiny, tmp_pat
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     job = planned(recorded["tokens"][-1], recorded["layer_numbers"], iteration=500)
     assert result["expert_map_hash"] == job.hash
-    full, pruned, rearranged = (result["variants"][name] for name in simulate.VARIANTS)
+    full, _, pruned, rearranged = (result["variants"][name] for name in simulate.VARIANTS)
     assert pruned["experts"] == rearranged["experts"] < full["experts"] == 128
     assert rearranged["imbalance_mean"] < pruned["imbalance_mean"]
     assert rearranged["state_bytes"] < full["state_bytes"]
@@ -217,9 +264,9 @@ def test_bad_loads_are_one_sentence_and_exit_code_2(capsys, tiny, tmp_path, text
         ("parallelism", {"expert": 3}, "expert-parallel size 3 does not divide"),
         ("laep", {"gamma": 1}, "laep may have the fields alpha, beta, expert_multiple"),
         ("laep", {"alpha": "x"}, "--laep-alpha 'x'"),
-        ("published", {"tflops_per_gpu": [1]}, "tflops_per_gpu must be a list of three"),
-        ("published", {"tflops_per_gpu": [1, None, 2]}, "a list of three numbers above 0"),
-        ("published", {"tflops_per_gpu": [1, float("nan"), 2]}, "a list of three numbers above 0"),
+        ("published", {"tflops_per_gpu": [1]}, "tflops_per_gpu must be a list of four"),
+        ("published", {"tflops_per_gpu": [1, None, 2]}, "a list of four numbers above 0"),
+        ("published", {"tflops_per_gpu": [1, float("nan"), 2]}, "a list of four numbers above 0"),
         ("model", {"hidden": 10**400}, "hidden must be an integer of at most 1e+18, got 100000"),
         ("model", {"num_layers": 10**9}, "num_layers must be at most 100000"),
         ("model", {"other_parameters": True}, "other_parameters must be an integer of at least 0"),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_laep.plan.placement import rank_loads
 from megatron_laep.plan.stability import Comparison, compare
-from megatron_laep.records import decision_log
+from megatron_laep.records import decision_log, profile_log
 from megatron_laep.records.training_log import (
     LOG_NAME,
     TrainingLog,
@@ -36,6 +36,7 @@ from megatron_laep.tools.report.run_files import (
     Pruning,
     read_decisions,
     read_log,
+    read_profile,
     read_prunings,
 )
 
@@ -99,9 +100,41 @@ def gather(run_dir: Path, *, log_path: Path | None = None, loads_path: Path | No
             }
             for decision in decisions
         ],
+        "profile": _profile_data(read_profile(run_dir), prunings),
         "log": None if log is None else _log_data(log, log_name, prunings),
         "settings": None if log is None else _settings(log, log_name),
     }
+
+
+def _profile_data(timed: Sequence[dict], prunings: Sequence[Pruning]) -> list[dict]:
+    """Means of the timed iterations of each model that the run had, the full one first."""
+    ends = [*(pruning.expert_map.iteration for pruning in prunings), math.inf]
+    found: list[dict] = []
+    after = 0.0
+    for end in ends:
+        here = [item for item in timed if after < item["iteration"] <= end]
+        after = end
+        if not here:
+            continue
+        by_layer: dict[int, list[dict]] = {}
+        for item in here:
+            for layer in item["layers"]:
+                by_layer.setdefault(layer["layer"], []).append(layer)
+        layers = [
+            {"layer": number}
+            | {part: statistics.fmean(row[part] for row in rows) for part in profile_log.PARTS}
+            for number, rows in sorted(by_layer.items())
+        ]
+        found.append(
+            {
+                "first": here[0]["iteration"],
+                "last": here[-1]["iteration"],
+                "timed": len(here),
+                "layers": layers,
+                "total": {part: sum(row[part] for row in layers) for part in profile_log.PARTS},
+            }
+        )
+    return found
 
 
 # -- prunings --------------------------------------------------------------------------------------

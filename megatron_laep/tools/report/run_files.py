@@ -20,7 +20,7 @@ from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.lineage import Lineage
 from megatron_laep.plan.loads import checked_loads
 from megatron_laep.plan.summary import summarize
-from megatron_laep.records import decision_log, load_log
+from megatron_laep.records import decision_log, load_log, profile_log
 from megatron_laep.records.pruning_loads import PruningLoads
 from megatron_laep.records.training_log import (
     LOG_NAME,
@@ -184,6 +184,11 @@ def read_decisions(run_dir: Path) -> list[dict]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: thresholds: {error}") from None
     return decisions
+
+
+def read_profile(run_dir: Path) -> list[dict]:
+    """The iterations that were timed; [] if none was. ValueError that names the file."""
+    return profile_log.read(run_dir / "laep" / profile_log.NAME)
 
 
 def read_log(run_dir: Path, given: Path | None) -> TrainingLog | None:
