@@ -77,6 +77,7 @@ def complaints_of_pruning(
 def complaints_of_recording(args: Namespace, config: LaepConfig) -> list[Complaint]:
     """Everything that is in the way of a job that records its loads, whether it prunes or not."""
     flag = config.recorded
+    assert flag is not None, "nothing is to be recorded"
     hits = refusals.hits(args, {When.RECORD: f"together with {flag}"})
     return [Complaint(hit.sentence) for hit in hits] + complaints(
         lambda: _check_recording(args, flag)
