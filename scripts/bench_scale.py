@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,13 +104,30 @@ def random_loads(layers: int, experts: int) -> np.ndarray:
     return np.rint(1e6 * generator.lognormal(0.0, 1.0, (layers, experts))).astype(np.int64)
 
 
+class FakeStore:
+    """The store by which the ranks find each other: every rank has seen the same, rank 0's digest."""
+
+    DIGEST = b"0" * 64
+
+    def __init__(self, fake: Fake) -> None:
+        self.fake = fake
+
+    def wait(self, keys: list[str], patience: timedelta) -> None:
+        pass
+
+    def get(self, key: str) -> bytes:
+        self.fake.received += len(self.DIGEST)
+        self.fake.messages += 1
+        return self.DIGEST
+
+
 def steps_of(ranks: int, layers: int, experts: int, ep: int, folder: Path) -> list[Step]:
     """All steps at one number of ranks, in the order of a job."""
     import torch
 
     from megatron_laep.events import on_rank_0
+    from megatron_laep.loop import agreement
     from megatron_laep.loop.commit import agree_on_plan
-    from megatron_laep.loop.start import Start
     from megatron_laep.mcore import checkpoint
     from megatron_laep.plan.expert_map import ExpertMap
     from megatron_laep.plan.layout import ModelLayout
@@ -137,10 +155,13 @@ def steps_of(ranks: int, layers: int, experts: int, ep: int, folder: Path) -> li
     counters = {number: torch.zeros(experts, dtype=torch.int64) for number in numbers}
     rules = PruningRules(**RULE)
     with fake.installed():
-        start = SimpleNamespace(
-            record=None, source="/checkpoints", lineage=SimpleNamespace(hashes=())
+        store = FakeStore(fake)
+        patience = timedelta(minutes=10)
+        step(
+            "all ranks see the same job",
+            "start",
+            lambda: agreement._compare(store, "start", "{}", ranks, patience),
         )
-        step("all ranks found the same checkpoint", "start", lambda: Start.agree(start))
         stats = step("which rank has which layer", "start", lambda: RoutingStats(counters, stage=0))
         for number, row in zip(numbers, loads_LE, strict=True):
             counters[number] += torch.from_numpy(row)

@@ -19,7 +19,7 @@ import pytest
 import megatron_laep
 from megatron_laep.plan import expert_map
 from megatron_laep.records import load_format, pruning_loads
-from tests.support.runs import PRETRAIN_GPT, _free_port, tiny_arguments
+from tests.support.runs import PRETRAIN_GPT, tiny_arguments, unused_port
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "tests" / "data" / "job_pruned_at_6"
@@ -169,15 +169,16 @@ def test_the_wheel_beside_megatron_prunes(built, tmp_path):
         LOCAL_RANK="0",
         WORLD_SIZE="1",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(_free_port()),
+        MASTER_PORT=str(unused_port()),
         MEGATRON_LAEP_PLATFORM="cpu",
         CUDA_DEVICE_MAX_CONNECTIONS="1",
         OMP_NUM_THREADS="1",
     )
     assert "laep event=load_through_map" in printed
     assert re.search(r"iteration +4/ +4 \|", printed)
-    shown = run(binaries / "laep", "inspect", tmp_path / "save" / "iter_0000004", cwd=tmp_path)
-    assert f"megatron_laep {megatron_laep.__version__}" in shown
+    checkpoint = tmp_path / "save" / "iter_0000004"
+    shown = json.loads(run(binaries / "laep", "inspect", checkpoint, "--json", cwd=tmp_path))
+    assert shown["writer"]["megatron_laep"] == megatron_laep.__version__
 
 
 # ----------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ def test_upgrading_says_which_versions_are_read():
     page = (ROOT / "docs" / "upgrading.md").read_text(encoding="utf-8")
     read = dict(re.findall(r"^\| ([^|]+?) \| .*? \| (\d+) \|", page, re.MULTILINE))
     record = re.search(
-        r"^_RECORD_VERSION = (\d+)$",
-        (ROOT / "megatron_laep" / "mcore" / "checkpoint.py").read_text(encoding="utf-8"),
+        r"^VERSION = (\d+)$",
+        (ROOT / "megatron_laep" / "mcore" / "record_entry.py").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     assert {name: int(version) for name, version in read.items()} == {

@@ -26,6 +26,8 @@ _SHOWN_RANKS = 8
 _OWN = {"rank", "local_rank"}
 _OWN_PATHS = ("_dir", "_path", "_cache", "_file", "_cache_path")
 
+_WITHOUT = "without LAEP"  # in the place of a digest
+
 _starts = 0  # of this process; the same number on all ranks, which are rebuilt together
 
 
@@ -107,33 +109,44 @@ def agree(start: Start, args: Namespace) -> None:
     store = distributed_c10d._get_default_store()
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     prefix = f"megatron_laep/agreement/{_starts}"
-    view = dataclasses.asdict(View.of(start, args)) if start.active else None
-    store.set(f"{prefix}/{rank}", json.dumps(view))
     if not start.active:
+        store.set(f"{prefix}/{rank}", _WITHOUT)
         if rank == 0:
             store.set(f"{prefix}/verdict", _without_laep([0], size))
         return
     patience = timedelta(minutes=symbols.argument(args, "distributed_timeout_minutes"))
+    view = json.dumps(dataclasses.asdict(View.of(start, args)))
+    digest = hashlib.sha256(view.encode()).hexdigest()
     if rank == 0:
-        store.set(f"{prefix}/verdict", _compare(store, prefix, size, patience))
+        store.set(f"{prefix}/0", digest)
+        store.set(f"{prefix}/verdict", _compare(store, prefix, view, size, patience))
+    else:
+        _wait(store, f"{prefix}/0", patience, "rank 0 has not come to where the model is built")
+        # A view has all flags, and there may be ten thousand ranks: only one that differs is sent.
+        same = store.get(f"{prefix}/0") == digest.encode()
+        store.set(f"{prefix}/{rank}", digest if same else view)
     _wait(store, f"{prefix}/verdict", patience, "rank 0 does not say whether all see the same job")
     verdict = store.get(f"{prefix}/verdict").decode()
     if verdict:
         raise Refusal(verdict)
 
 
-def _compare(store: Any, prefix: str, size: int, patience: timedelta) -> str:
-    """What is wrong, in a sentence; empty if nothing is."""
-    mine = store.get(f"{prefix}/0")
+def _compare(store: Any, prefix: str, view: str, size: int, patience: timedelta) -> str:
+    """What is wrong, in a sentence; empty if nothing is.
+
+    Args:
+        view: rank 0's. Of every other rank the store has rank 0's digest, or its own view.
+    """
+    same = store.get(f"{prefix}/0")
     differing: dict[str, list[int]] = {}
     without: list[int] = []
     for rank in range(1, size):
         key = f"{prefix}/{rank}"
         _wait(store, key, patience, f"rank {rank} has not come to where the model is built")
         other = store.get(key)
-        if other == b"null":
+        if other == _WITHOUT.encode():
             without.append(rank)
-        elif other != mine:
+        elif other != same:
             differing.setdefault(other.decode(), []).append(rank)
     if without:
         return _without_laep(without, size)
@@ -141,7 +154,7 @@ def _compare(store: Any, prefix: str, size: int, patience: timedelta) -> str:
         return ""
     parts = []
     for text, ranks in differing.items():
-        found = View(**json.loads(mine)).differences(View(**json.loads(text)))
+        found = View(**json.loads(view)).differences(View(**json.loads(text)))
         shown = "; ".join(f"{name}: {a} on rank 0, {b} here" for name, (a, b) in found.items())
         sees = "sees" if len(ranks) == 1 else "see"
         parts.append(f"{_names(ranks)} of {size} {sees} another job than rank 0 ({shown})")

@@ -254,7 +254,7 @@ def test_loads_that_are_not_stable_are_not_pruned_if_they_must_be(tmp_path):
         state = "stable=False layers=0/4 needed=4 windows=2/2"
         assert f"event=stability iteration={iteration} {state}" in output
     assert "The job will try again up to iteration 10." in outputs[0]
-    assert "event=prunings done=none declined=4 to_come=10" in outputs[1]
+    assert "event=prunings done=none declined=4 postponed=none to_come=10" in outputs[1]
     assert "relaunch with a later --laep-prune-iteration" in outputs[1]
     unpruned = Run(tmp_path, {}, "")
     assert unpruned.maps == []

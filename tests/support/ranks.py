@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -111,7 +112,10 @@ def _become(words: list[str], environment: dict[str, str], log: Path) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        # os._exit skips these.
+        # os._exit skips these. Megatron deletes old checkpoints in a thread.
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
         multiprocessing.util._exit_function()
         atexit._run_exitfuncs()
     finally:
