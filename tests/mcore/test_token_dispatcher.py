@@ -325,7 +325,7 @@ def sweep(expert_parallel_size: int, strategy: str, check, examples: int) -> int
 
 
 @pytest.mark.equality
-@pytest.mark.parametrize("expert_parallel_size", [2, 4])
+@pytest.mark.parametrize("expert_parallel_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_any_counts(expert_parallel_size) -> None:
     """With 4 processes and EP 2 there are two replicas, each with its own tokens."""
     outcomes = on_ranks(4, sweep, expert_parallel_size, "cases", compare_with_reference, 150)

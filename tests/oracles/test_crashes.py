@@ -33,9 +33,13 @@ AGAIN = Cell("loaded, when it is started again", Failure("loaded", "kill"))
 CHAINS = [
     # cells, and the iteration of the checkpoint that the last start goes on from
     (["before save: raise, rank 1", "first bytes: disk full, all"], 4),
-    (["saved but not committed: kill, all", "first bytes: kill, rank 1"], 4),
+    pytest.param(
+        ["saved but not committed: kill, all", "first bytes: kill, rank 1"],
+        4,
+        marks=pytest.mark.long,
+    ),
     (["tracker emptied: kill, rank 0", AGAIN], PRUNE),
-    (["groups rebuilt: kill, all"], PRUNE),
+    pytest.param(["groups rebuilt: kill, all"], PRUNE, marks=pytest.mark.long),
     (["ordinary save, first bytes: io error, rank 1", "first ordinary save: kill, all"], SAVE),
 ]
 

@@ -154,6 +154,7 @@ def test_decided_by_its_own_loads(two, folder) -> None:
     assert_same_run(two["decided"], two["masked decided"])
 
 
+@pytest.mark.long
 def test_killed_again_and_again_with_the_same_command(two, folder) -> None:
     again = {**saved_in(folder / "again"), "save_interval": 2}
     command = flags(**{**BASE, **MTP, **BF16, **DECIDED, **again})

@@ -196,6 +196,7 @@ def four(folder) -> dict[str, RunResult]:
     return run_batch(jobs, world_size=4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["PP", "VPP"])
 def test_on_the_last_pipeline_stage(four, layout) -> None:
     assert_same_run(four[f"{layout} permuted"], four[f"{layout} stock"], losses=1)

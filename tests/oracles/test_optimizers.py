@@ -68,7 +68,7 @@ def pruned_map() -> ExpertMap:
 
 
 # The others differ from these in one word each.
-IN_EVERY_RUN = ("sgd", "muon and lion, bf16", "layer-wise muon")
+IN_EVERY_RUN = ("sgd", "layer-wise muon")
 
 
 @pytest.fixture(
