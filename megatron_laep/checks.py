@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
 from typing import Any
@@ -98,6 +98,12 @@ def shown(value: object) -> str:
         return "a number of thousands of digits"
     most = _MOST_DIGITS if isinstance(value, int) else _MOST_SHOWN
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def listed(words: Sequence[str], most: int) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 def printable(text: str) -> str:

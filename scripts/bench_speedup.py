@@ -40,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -73,12 +74,8 @@ class Variant:
 
     @property
     def imbalance(self) -> float:
-        """Busiest rank over mean, as the loads have it; mean of the layers."""
-        ratios = []
-        for row, counts in zip(self.loads, self.experts_per_rank, strict=True):
-            first = sum(row[: counts[0]]) / sum(row)
-            ratios.append(max(first, 1 - first) * RANKS)
-        return sum(ratios) / len(ratios)
+        """Of the loads, as they were given."""
+        return measured_imbalance(self, self.loads)
 
     @property
     def experts(self) -> int:
@@ -436,13 +433,12 @@ def predict(variants: list[Variant], description: dict[str, Any], hardware: Any)
     return [seconds[0] / value for value in seconds]
 
 
-def measured_imbalance(variant: Variant, tokens_LE: list[np.ndarray]) -> float:
+def measured_imbalance(variant: Variant, tokens_LE: Sequence[Sequence[int] | np.ndarray]) -> float:
     """Busiest rank over mean of the tokens that were counted; mean of the layers."""
-    found = []
-    for tokens_E, counts in zip(tokens_LE, variant.experts_per_rank, strict=True):
-        first = tokens_E[: counts[0]].sum() / tokens_E.sum()
-        found.append(max(first, 1 - first) * RANKS)
-    return float(np.mean(found))
+    from megatron_laep.plan.placement import imbalance, rank_loads
+
+    layers = zip(tokens_LE, variant.experts_per_rank, strict=True)
+    return float(np.mean([imbalance(rank_loads(row, counts)) for row, counts in layers]))
 
 
 def calibrated(scratch: Path) -> Path:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, listed
 from megatron_laep.loop.start import Start
-from megatron_laep.mcore import symbols
+from megatron_laep.mcore import symbols, versions
 
 _SHOWN_RANKS = 8
 # What may differ between nodes: who a rank is, and where a node keeps its own files.
@@ -65,7 +65,7 @@ class View:
             },
             code={
                 "megatron_laep": _own_sources(),
-                "megatron-core": symbols.megatron_version(),
+                "megatron-core": versions.megatron_version(),
                 "torch": str(torch.__version__),
             },
         )
@@ -174,8 +174,7 @@ def _without_laep(ranks: list[int], size: int) -> str:
 
 
 def _names(ranks: list[int]) -> str:
-    more = len(ranks) - _SHOWN_RANKS
-    shown = ", ".join(map(str, ranks[:_SHOWN_RANKS])) + (f" and {more} more" if more > 0 else "")
+    shown = listed([str(rank) for rank in ranks], _SHOWN_RANKS)
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 

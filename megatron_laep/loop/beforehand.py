@@ -75,7 +75,7 @@ def _parsed(words: Sequence[str]) -> tuple[list[str], Namespace]:
     except SystemExit:
         text = complaint.getvalue().strip().rpartition("error: ")[2]
         raise Refusal(f"Megatron's parser: {text or 'it was asked for help'}") from None
-    wrong = [word for word in unknown if word.startswith("--laep-")]
+    wrong = flags.given(unknown)
     if wrong:
         raise Refusal(f"there is no flag {wrong[0]}: docs/flags.md lists those that there are")
     for word in unknown:

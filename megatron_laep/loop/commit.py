@@ -150,26 +150,24 @@ def agree_on_plan(
     def decide() -> str:
         if plan is None:
             loads = window.loads(layout.layer_numbers)
-            return make_map.make_expert_map(loads, layout, rules, iteration=iteration).to_json()
-        # The experts are the file's; the loads, sizes and date are this job's.
-        layers = tuple(
-            dataclasses.replace(layer, loads=tokens_E)
-            for layer, tokens_E in zip(plan.layers, window.tokens_LE, strict=True)
-        )
-        return dataclasses.replace(
-            plan,
-            iteration=iteration,
-            layers=layers,
-            expert_parallel_size_before=layout.expert_parallel_size_before,
-        ).to_json()
-
-    def decided() -> str:
-        made = decide()
+            made = make_map.make_expert_map(loads, layout, rules, iteration=iteration)
+        else:
+            # The experts are the file's; the loads, sizes and date are this job's.
+            layers = tuple(
+                dataclasses.replace(layer, loads=tokens_E)
+                for layer, tokens_E in zip(plan.layers, window.tokens_LE, strict=True)
+            )
+            made = dataclasses.replace(
+                plan,
+                iteration=iteration,
+                layers=layers,
+                expert_parallel_size_before=layout.expert_parallel_size_before,
+            )
         reached("plan decided")
-        return made
+        return made.to_json()
 
     try:
-        return ExpertMap.from_json(on_rank_0(decided))
+        return ExpertMap.from_json(on_rank_0(decide))
     except ValueError as error:
         raise Refusal(f"pruning at iteration {iteration}: {error}") from None
 

@@ -112,15 +112,11 @@ def _add_arguments(original):
     def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
         mend_help(parser, session.upstream)
-        if _given_flags():
+        if flags.given(sys.argv[1:]):
             parser.error = _refuse_usage  # type: ignore[method-assign]
         return flags.add_arguments(parser)
 
     return add_megatron_arguments
-
-
-def _given_flags() -> list[str]:
-    return [word for word in sys.argv[1:] if word.startswith("--laep-")]
 
 
 def _refuse_usage(message: str) -> NoReturn:

@@ -12,6 +12,7 @@ the store by which the ranks found each other: about one word a rank in a tenth 
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from megatron_laep import events
+from megatron_laep.checks import listed
 from megatron_laep.failure_points import STEPS, position
 
 STALLED = 75
@@ -91,13 +93,12 @@ def message(reports: dict[int, Report], size: int, seconds: float, flag: str) ->
         f"rank reached is {last.step!r} ({STEPS.get(last.step, '')}), nothing was written since. "
     )
     if ranks:
-        more = f" and {len(ranks) - _SHOWN_RANKS} more" if len(ranks) > _SHOWN_RANKS else ""
         shown = []
-        for rank in ranks[:_SHOWN_RANKS]:
+        for rank in ranks:
             report = reports.get(rank)
             does = f"after {report.step!r}, {report.where}" if report else "does not answer"
             shown.append(f"{rank} ({does})")
-        what += f"Missing of {size} ranks: {', '.join(shown)}{more}. "
+        what += f"Missing of {size} ranks: {listed(shown, _SHOWN_RANKS)}. "
     else:
         shown = [f"{rank} ({report.where})" for rank, report in list(reports.items())]
         what += f"No rank is behind the others: {', '.join(shown[:_SHOWN_RANKS])}. "
@@ -135,6 +136,7 @@ class StallWatch:
         self._thread.start()
 
     @staticmethod
+    @functools.cache  # every iteration asks
     def is_possible() -> bool:
         """Whether the ranks' store can have a second connection: not in every torch, and not a fake one."""
         try:

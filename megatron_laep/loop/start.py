@@ -145,16 +145,15 @@ class Start:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(checkpoint.adapting_optimizer_state())
+            step = self.lineage.last if self.pending else None
             verification = None
             # Under these values a tensor that the checkpoint lacks is left as it is.
             lenient = symbols.argument(args, "dist_ckpt_strictness") in _LEAVE_MISSING
             if self.expert_map is not None and (self.pending or not lenient):
                 recorded = self.record.checksums if self.pending and self.record else {}
-                step = self.lineage.last if self.pending else None
                 verification = Verification(model, optimizer, step, recorded, self.source)
                 stack.enter_context(verification.watching())
-            if self.pending:
-                step = self.lineage.steps[-1]
+            if step is not None:
                 stack.enter_context(checkpoint.loading_through(step, find_layers(model), args))
                 stack.enter_context(
                     events.timed("load_through_map", checkpoint=self.source, map=step.short_hash)

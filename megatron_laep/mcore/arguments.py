@@ -17,7 +17,7 @@ from megatron_laep.checks import Refusal
 from megatron_laep.json_text import read_text
 from megatron_laep.mcore import refusals, symbols
 from megatron_laep.mcore.checkpoint import Record
-from megatron_laep.mcore.described_model import model_layout, router_groups
+from megatron_laep.mcore.described_model import model_layout, ranks_of_a_model, router_groups
 from megatron_laep.mcore.layer_numbers import moe_layer_numbers, mtp_names, total_layers
 from megatron_laep.mcore.refusals import Complaint
 from megatron_laep.mcore.unsupported import When
@@ -25,6 +25,7 @@ from megatron_laep.plan import make_map
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.groups import check_kept_groups
 from megatron_laep.plan.layout import ModelLayout
+from megatron_laep.settings import flags
 from megatron_laep.settings.config import LaepConfig
 from megatron_laep.settings.rules import AlphaSpec
 from megatron_laep.settings.schedule import Leg
@@ -42,7 +43,7 @@ def check_yaml(args: Namespace, words: Sequence[str], *, from_python: bool) -> N
         Refusal: it does.
     """
     yaml = symbols.argument(args, "yaml_cfg")
-    given = [word for word in words if word.startswith("--laep-")]
+    given = flags.given(words)
     if yaml is not None and (given or from_python):
         raise Refusal(
             f"--yaml-cfg {yaml} replaces the command line, and with it "
@@ -229,12 +230,12 @@ def _check_sizes(args: Namespace, config: LaepConfig, experts: Mapping[int, int]
             f"{flag} {size} does not divide --num-experts {args.num_experts}; choose a size that "
             "divides it"
         )
-    ranks_of_a_model = args.expert_tensor_parallel_size * size * args.pipeline_model_parallel_size
-    if args.world_size % ranks_of_a_model:
+    ranks = ranks_of_a_model(args, size)
+    if args.world_size % ranks:
         raise Refusal(
             f"{flag} {size}: {args.world_size} ranks do not divide by expert tensor parallel size "
             f"{args.expert_tensor_parallel_size} x expert model parallel size {size} x pipeline "
-            f"parallel size {args.pipeline_model_parallel_size} = {ranks_of_a_model}; choose a "
+            f"parallel size {args.pipeline_model_parallel_size} = {ranks}; choose a "
             "smaller size"
         )
     multiple = config.expert_multiple or size
@@ -247,7 +248,7 @@ def _check_sizes(args: Namespace, config: LaepConfig, experts: Mapping[int, int]
             "multiple that divides it"
         )
     if size != before:
-        _check_new_size(args, size, args.world_size // ranks_of_a_model)
+        _check_new_size(args, size, args.world_size // ranks)
     if experts and config.plan is None:
         make_map.check_counts(model_layout(args, config, experts), config.rules)
 

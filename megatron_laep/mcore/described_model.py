@@ -25,6 +25,13 @@ def model_layout(
     )
 
 
+def ranks_of_a_model(args: Namespace, expert_parallel_size: int) -> int:
+    """The ranks that hold every expert once, with so many expert-parallel ones."""
+    return (
+        args.expert_tensor_parallel_size * expert_parallel_size * args.pipeline_model_parallel_size
+    )
+
+
 def router_groups(args: Namespace) -> RouterGroups | None:
     """The groups that the router limits itself to, if it does."""
     # Without --moe-router-group-topk Megatron takes no notice of groups.

@@ -5,6 +5,7 @@ from argparse import Namespace
 import torch
 from megatron.core import parallel_state
 
+from megatron_laep.mcore.described_model import ranks_of_a_model
 from megatron_laep.mcore.moe_layer import LaepMoELayer
 from megatron_laep.mcore.optimizer_kinds import moments
 from megatron_laep.plan.expert_map import ExpertMap
@@ -94,11 +95,6 @@ def _bytes_of_one(
     else:
         optimizer = 4 * moments(parameter, args) + (4 if parameter.element_size() < 4 else 0)
     if args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer:
-        ranks_of_a_model = (
-            args.expert_tensor_parallel_size
-            * expert_parallel_size
-            * args.pipeline_model_parallel_size
-        )
-        replicas = args.world_size // ranks_of_a_model
+        replicas = args.world_size // ranks_of_a_model(args, expert_parallel_size)
         optimizer /= replicas // args.num_distributed_optimizer_instances
     return parameter.element_size() + gradient + optimizer

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron_laep.mcore import arguments
-from megatron_laep.mcore.described_model import model_layout
+from megatron_laep.mcore.described_model import model_layout, ranks_of_a_model
 from megatron_laep.mcore.layer_numbers import mtp_names
 from megatron_laep.plan.expert_map import ExpertMap
 from megatron_laep.plan.outlook import Outlook, bounds
@@ -33,14 +33,13 @@ def outlook(
     experts = arguments.present_experts(args, present)
     layout = model_layout(args, config, experts)
     after = layout.expert_parallel_size_after
-    ranks_of_a_model = args.expert_tensor_parallel_size * after * args.pipeline_model_parallel_size
     return Outlook(
         layers=bounds(layout, config.rules, plan),
         named=mtp_names(args),
         top_k=layout.top_k,
         groups=layout.num_groups,
         ranks=args.world_size,
-        replicas=args.world_size // ranks_of_a_model,
+        replicas=args.world_size // ranks_of_a_model(args, after),
         expert_parallel_size=layout.expert_parallel_size_before,
         expert_parallel_size_after=after,
         multiple=config.rules.multiple_for(after),

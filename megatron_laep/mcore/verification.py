@@ -33,7 +33,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from megatron_laep import events
-from megatron_laep.checks import Refusal
+from megatron_laep.checks import Refusal, listed
 from megatron_laep.mcore.moe_layer import LaepMoELayer, find_layers
 from megatron_laep.plan.expert_map import ExpertMap
 
@@ -281,10 +281,9 @@ class Verification:
             (wrong, "do not have the checksum that they were written with"),
         ):
             if found:
-                names = ", ".join(f"{name} (rank {rank})" for rank, name in found[:_SHOWN])
-                more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+                names = listed([f"{name} (rank {rank})" for rank, name in found], _SHOWN)
                 raise Refusal(
-                    f"{self.where}: {len(found)} tensors {what}: {names}{more}. Nothing was trained "
+                    f"{self.where}: {len(found)} tensors {what}: {names}. Nothing was trained "
                     "with them, and the checkpoint was left as it is: look at it with 'laep verify', "
                     "and start again, or from an earlier one with --ckpt-step"
                 )

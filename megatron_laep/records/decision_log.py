@@ -40,8 +40,11 @@ def append(path: Path, decision: dict[str, object]) -> None:
         file.write((("\n" if torn else "") + line).encode())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The decisions, by iteration; [] without a file. ``row`` is each one's line, from 1."""
+def read(path: Path, what: str = "decision") -> list[dict[str, Any]]:
+    """The decisions, by iteration; [] without a file. ``row`` is each one's line, from 1.
+
+    what: a line of the file is, for people.
+    """
     if not path.is_file():
         return []
     decisions: list[dict[str, Any]] = []
@@ -53,7 +56,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             resumed = "resumed" in decision
             iteration = operator.index(decision["resumed" if resumed else "iteration"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            _LOGGER.warning("%s: skipped row %d, it is not a whole decision", path, row)
+            _LOGGER.warning("%s: skipped row %d, it is not a whole %s", path, row, what)
             continue
         first_stale = iteration + 1 if resumed else iteration
         while decisions and decisions[-1]["iteration"] >= first_stale:

@@ -36,7 +36,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Errors: ValueError for layers that are not as this module writes them.
     """
-    found = decision_log.read(path)
+    found = decision_log.read(path, "line of times")
     for line in found:
         layers = line.get("layers")
         good = isinstance(layers, list) and all(

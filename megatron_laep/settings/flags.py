@@ -6,6 +6,7 @@ First in the flow: the launcher adds the flags to Megatron's parser.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import Field, fields
 from typing import Any
 
@@ -26,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             options["action"] = "store_true"
         group.add_argument(flag(item.name), default=item.default, **options)
     return parser
+
+
+def given(words: Iterable[str]) -> list[str]:
+    """The words of a command line that are flags of this package, or are meant to be."""
+    return [word for word in words if word.startswith("--laep-")]
 
 
 def flags_table() -> str:

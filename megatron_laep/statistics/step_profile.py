@@ -18,7 +18,8 @@ import torch
 from megatron_laep import events
 from megatron_laep.records import profile_log
 
-PARTS = ("router", "dispatch", "experts", "combine")
+PARTS = profile_log.PARTS[:-1]
+"""That are timed; waiting is a part of combine."""
 
 
 class StepProfile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +102,12 @@ def checkpoint_name(tracker: Path) -> str:
 
 
 def _describe_checkpoint(path: Path) -> dict[str, object]:
-    try:
-        # Megatron warns about every optional library that this machine does not have.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron_laep.mcore.checkpoint_facts import describe_checkpoint
-    except ImportError as error:
-        raise ValueError(
-            f"{path} is a checkpoint, and to read one torch and Megatron-Core are needed "
-            f"({error.name or error} is missing): run it where the job runs, or look at the maps "
-            f"in {path.parent / 'laep'}, which needs neither"
-        ) from None
+    with options.importing_megatron(
+        f"{path} is a checkpoint, and to read one torch and Megatron-Core are needed "
+        "({missing} is missing): run it where the job runs, or look at the maps "
+        f"in {path.parent / 'laep'}, which needs neither"
+    ):
+        from megatron_laep.mcore.checkpoint_facts import describe_checkpoint
     return describe_checkpoint(path)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +276,21 @@ def _resolve(recorded: int | None, given: int | None, flag: str, log: LoadLog, w
     if found is None:
         raise ValueError(f"{log.source} does not say {what}: give {flag}")
     return found
+
+
+@contextlib.contextmanager
+def importing_megatron(complaint: str) -> Iterator[None]:
+    """While open, modules that need torch and Megatron-Core may be imported.
+
+    complaint: where they are not there, with {missing} in it. Errors: ValueError with it.
+    """
+    try:
+        # Megatron warns about every optional library that this machine does not have.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImportError as error:
+        raise ValueError(complaint.replace("{missing}", str(error.name or error))) from None
 
 
 def plain(value: object) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +76,11 @@ def verify(path: Path, sample: int) -> dict[str, Any]:
             f"{path} holds no checkpoint of format torch_dist (metadata.json, .metadata) and no "
             f"{TRACKER}"
         )
-    try:
-        # Megatron warns about every optional library that this machine does not have.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron_laep.mcore.checkpoint_checks import check_checkpoint
-    except ImportError as error:
-        raise ValueError(
-            f"to look into a checkpoint, torch and Megatron-Core are needed ({error.name or error} is "
-            "missing): run it where the job runs"
-        ) from None
+    with options.importing_megatron(
+        "to look into a checkpoint, torch and Megatron-Core are needed ({missing} is missing): run it "
+        "where the job runs"
+    ):
+        from megatron_laep.mcore.checkpoint_checks import check_checkpoint
     found: dict[str, Any] = check_checkpoint(path, sample)
     if tracker is not None:
         found["checks"] = {"tracker": tracker, **found["checks"]}
