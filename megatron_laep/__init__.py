@@ -8,11 +8,13 @@ The folders, from those that need nothing to those that run the job; none import
 * ``statistics``: counters on the device, the windows between two readings, what is logged of them.
 * ``mcore``: all that knows Megatron-Core: the layer that counts, dispatchers, checkpoints, rebuild.
 * ``loop``: one run, from its arguments to the next pruning.
-* ``simulate``, ``tools``: the cost model, and the ``laep`` command; offline.
+* ``simulate``: what a plan would bring on a cluster, from a stated cost model.
 * ``cpu``: lets stock Megatron train on gloo processes without a GPU; never imported on a GPU run.
+* ``measure``: how fast this machine does what the cost model counts.
+* ``tools``: the ``laep`` command.
 
 ``__main__`` is the launcher, ``torchrun ... -m megatron_laep SCRIPT ARGS``; ``entry`` does the same for
-scripts that call it.
+scripts that call it. ``docs/architecture.md`` has the other modules here.
 """
 
 from megatron_laep.checks import Refusal

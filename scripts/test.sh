@@ -2,7 +2,7 @@
 # Sets up the environment with what the tests need, and runs them. All arguments go to pytest; without
 # any, two files are tested at a time, since a test of one process leaves a core idle:
 #
-#     scripts/test.sh                         # what CI runs: at most 12 minutes on two quiet cores
+#     scripts/test.sh                         # what CI runs: some 13 minutes on two quiet cores
 #     scripts/test.sh -m "long or not long"   # everything, as scripts/full_check.sh does
 #     scripts/test.sh -x -k expert_map
 #     scripts/test.sh --megatron 0.18.2       # the core suite on another Megatron than the newest

@@ -6,7 +6,7 @@ difference of two rows at one seed is free of what seeds differ in. Over the see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -58,12 +58,11 @@ class Difference:
         return -1 if self.high < 0 else 1
 
 
-def losses(runs: list[Result], of: Callable[[Result], float] | None = None) -> dict[str, dict]:
-    """row -> seed -> test loss, or what `of` takes from a result."""
+def losses(runs: list[Result]) -> dict[str, dict[int, float]]:
+    """row -> seed -> test loss."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:
-        value = run["test_loss"] if of is None else of(run)
-        found.setdefault(run["row"], {})[run["seed"]] = value
+        found.setdefault(run["row"], {})[run["seed"]] = run["test_loss"]
     return found
 
 
